@@ -1,0 +1,1136 @@
+"""AsyPPO in one file: Asymmetric Proximal Policy Optimization (arXiv 2510.01656), to read, to run and to copy from.
+
+PPO trains a language model (the *actor*) with the help of a second network (the *critic*) that foretells, token by
+token, how well an answer is going to end. A critic as large as the actor is expensive and, under one reward at the end
+of a long answer, often wrong. GRPO drops it and gives every token of an answer the same credit. AsyPPO keeps credit per
+token and makes it cheap and sturdy:
+
+  * two small *mini-critics*, started from one pretrained checkpoint, guide the large actor;
+  * of every prompt's answers, each mini-critic is trained on its own half, so that the two differ (*disjoint shards*);
+  * their mean is the value; their *disagreement* says where to learn. Where they agree most, there is little left to
+    learn and the advantage is masked; where they disagree most, exploring is noise and the entropy bonus is filtered.
+
+    python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
+    python asyppo.py --algo grpo             the same loop as GRPO (or ppo: one full-size critic; naive: one mini-critic)
+    python asyppo.py --help                  every choice, with its default and its reason
+
+Map of the file, in reading order                           The paper's symbols, and ours
+  1 Config       every choice, documented in place            q            prompt           o      answer
+  2 Rollouts     generate, states_before, log-probs           o_t          tokens of the answer, one action each
+  3 Mini-critics MiniCritic, assign_shards                    s_t=(q,o_<t) what is written *before* token t
+  4 Advantages   gae, whiten, group_advantages                V_m(s_t)     values [M, B, T]
+  5 Disagreement disagreement, advantage_mask,                V_bar, sigma v_bar, sigma [B, T]: mean, std over m
+                 entropy_filter                               r_t, R_t     rewards, returns [B, T]
+  6 Losses       policy_loss, critic_loss                     A_bar_t      advantages [B, T]
+  7 Training     train_step: the paper's iteration            I_A, I_H     adv_keep, ent_keep [B, T], 0 or 1
+  8 Evaluation   evaluate, true_values                        rho_t        ratio = pi_theta / pi_old
+  - - - - - - -  the plumbing: a first reader may stop here   k, h, beta   mask_k, filter_h, entropy_coef
+  9 Plumbing     command line, loading, run, pictures,        G, M         group_size, critics
+                 saving, --profile, main
+
+Shapes: B answers (prompts x G, the answers to one prompt side by side), P prompt positions (left-padded), T answer
+positions (right-padded), M critics, V vocabulary entries, D hidden width. `mask` [B, T] is 1 on answer tokens, the end
+token included (stopping is an action too), 0 on padding; it comes from lengths, never from comparing with a pad id.
+
+The functions of parts 4 to 6 and assign_shards need nothing but torch: take them. The paper published no code and
+leaves some choices open; each is marked "The paper is silent" below, decided, and open to a flag.
+Deliberately left out: a KL penalty to a reference model, value clipping, more than one device, anything asynchronous.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers and datasets are imported
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ================================================================================================== 1 Config
+
+
+def option(default, help, **rest):
+    """A Config field: its default, what --help says of it, and what argparse should know (choices)."""
+    return field(default=default, metadata={"help": help, **rest})
+
+
+@dataclass
+class Config:
+    """Every choice of a run. The command line is made from these fields: mask_k is --mask-k."""
+
+    algo: str = option("asyppo", "a preset of the flags below, any of which still overrides it",
+                       choices=["asyppo", "ppo", "grpo", "naive"])
+    # What is trained, on what, for how long.
+    model: str = option("", "actor: a model directory or hub name (default: the task's own, if it brings one)")
+    critic_model: str = option("", "mini-critics' base: directory or hub name, same tokenizer as the actor (default: the "
+                                   "task's own, or the actor's own checkpoint cut to --critic-layers)")
+    task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
+    out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
+    steps: int = option(60, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
+    seed: int = option(0, "of everything random in training; the same seed gives the same metrics")
+    # Rollouts. A group must be divisible among the critics; 8 answers leave each of two critics 4 per prompt.
+    prompts_per_step: int = option(32, "prompts in a batch")
+    group_size: int = option(8, "G: answers sampled per prompt")
+    max_new_tokens: int = option(48, "length limit of an answer; the share that hits it is logged as truncated_share")
+    temperature: float = option(1.0, "of sampling and, identically, of scoring")
+    # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
+    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual.
+    utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
+    lr: float = option(3e-4, "actor's learning rate (Adam); 1e-6 is usual for a pretrained model of billions")
+    clip: float = option(0.2, "epsilon of PPO's ratio clipping")
+    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
+    # lambda 0.95 trusts the critics a little; the critics' own target is by default the plain Monte-Carlo return
+    # (critic_lam 1), which no critic's error can bias.
+    gamma: float = option(1.0, "discount per token")
+    lam: float = option(0.95, "GAE's lambda for the actor's advantages")
+    whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
+    # Critics.
+    critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
+    critic_size: str = option("mini", "actor: a critic as large as the actor, from the actor's checkpoint",
+                              choices=["mini", "actor"])
+    critic_layers: int = option(0, "layers of a mini-critic cut from the actor's checkpoint (0: a quarter of them)")
+    shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards (claim C3)")
+    aggregate: str = option("mean", "how M values become one (min: guard against overestimation)", choices=["mean", "min"])
+    critic_lr: float = option(1e-3, "critics' learning rate (Adam)")
+    critic_epochs: int = option(4, "passes of each critic over its shard of a batch")
+    critic_batch: int = option(32, "answers per optimizer step of a critic")
+    critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
+    critic_warmup: int = option(4, "first iterations in which only the critics learn, so the actor never follows noise")
+    # The two masks.
+    mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
+    mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy"])
+    entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)")
+    filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus")
+    filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy"])
+    # Looking at it.
+    eval_every: int = option(10, "iterations between evaluations on held-out problems (also before the first, after the last)")
+    eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
+    true_values: int = option(0, "at every evaluation, also estimate the true value of at least this many states")
+    micro_batch_tokens: int = option(8192, "tokens per forward pass; lower it when memory runs out, the gradient stays the same")
+    profile: bool = option(False, "no training: time the steps of asyppo, grpo and ppo and their floor, then stop")
+
+
+# The four algorithms are one loop. A preset is nothing but other defaults for the flags above.
+PRESETS = {
+    "asyppo": {},
+    "ppo": dict(critics=1, critic_size="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
+    "naive": dict(critics=1, critic_size="mini", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
+    "grpo": dict(critics=0, critic_warmup=0, mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
+}
+
+
+class UserError(Exception):
+    """Something the user can mend. main() prints it as one line and exits with code 2."""
+
+
+# ================================================================================================== 2 Rollouts
+
+
+@dataclass
+class Rollout:
+    """A batch of sampled answers. Column P + t of `tokens` is o_t, the answer's token t."""
+
+    tokens: torch.Tensor     # [B, P+T] long; prompts end at column P-1, answers start at column P
+    attention: torch.Tensor  # [B, P+T] 1 on prompt and answer tokens, 0 on either padding
+    mask: torch.Tensor       # [B, T] float, 1 on answer tokens, end token included
+    logprobs: torch.Tensor   # [B, T] log pi_old(o_t | s_t), noted while sampling
+    entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
+    truncated: torch.Tensor  # [B] bool: the length limit came before an end token
+
+    @property
+    def prompt_width(self) -> int:
+        return self.tokens.shape[1] - self.mask.shape[1]
+
+    def rows(self, index: torch.Tensor) -> "Rollout":
+        """The answers numbered by `index`, with the padding beyond the longest of them cut off."""
+        width = int(self.mask[index].sum(1).max())
+        full = self.prompt_width + width
+        return Rollout(self.tokens[index, :full], self.attention[index, :full], self.mask[index, :width],
+                       self.logprobs[index, :width], self.entropy[index, :width], self.truncated[index])
+
+
+def positions(attention: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, L] that count real tokens only. Without them left padding shifts learned positions."""
+    return (attention.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float, end_ids: list[int], pad_id: int,
+             generator: torch.Generator) -> Rollout:
+    """Sample one answer to each of `prompts` (token ids). Repeat a prompt for several answers.
+
+    Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
+    top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
+    *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update.
+    """
+    device, B = generator.device, len(prompts)
+    P, T = max(map(len, prompts)), max_new_tokens
+    tokens = torch.full((B, P + T), pad_id, device=device)
+    attention = torch.zeros((B, P + T), dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, P - len(prompt):P] = torch.tensor(prompt, device=device)
+        attention[row, P - len(prompt):P] = 1
+    logprobs, entropy = torch.zeros((2, B, T), device=device)
+    ends = torch.tensor(end_ids, device=device)  # some models have several; all of them end an answer
+    alive = torch.arange(B, device=device)  # rows still being written; finished ones leave the batch and the cache
+    truncated = torch.ones(B, dtype=torch.bool, device=device)
+    inputs, place, cache = tokens[:, :P], positions(attention[:, :P]), None
+
+    for t in range(T):
+        output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
+                                  past_key_values=cache, use_cache=True)
+        logits = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float() / temperature
+        logp = logits.log_softmax(-1)  # [alive, V]
+        token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+        tokens[alive, P + t] = token
+        attention[alive, P + t] = 1
+        logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
+        entropy[alive, t] = -(logp.exp() * logp).sum(-1)
+
+        going = ~torch.isin(token, ends)
+        truncated[alive[~going]] = False
+        if not going.any():
+            break
+        cache = output.past_key_values
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        alive, inputs, place = alive[going], token[going, None], place[going, -1:] + 1
+
+    width = t + 1  # the longest answer; nobody wrote beyond it
+    return Rollout(tokens[:, :P + width], attention[:, :P + width], attention[:, P:P + width].float(),
+                   logprobs[:, :width], entropy[:, :width], truncated)
+
+
+def states_before(backbone, batch: Rollout) -> torch.Tensor:
+    """Hidden states [B, T, D] that have read (q, o_<t): the last one read the prompt's end for t = 0, and so on.
+
+    One column earlier than the token itself. Both users need exactly this: the actor's head predicts o_t from it, and
+    the critic's head says how good it is to be there, before o_t is known.
+    """
+    hidden = backbone(input_ids=batch.tokens, attention_mask=batch.attention, position_ids=positions(batch.attention),
+                      use_cache=False).last_hidden_state
+    return hidden[:, batch.prompt_width - 1:-1]
+
+
+def score(model, batch: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
+
+    The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
+    V = 150,000 the logits are by far the largest tensor of all, so they are made a chunk of tokens at a time, and made
+    once more in the backward pass rather than kept (checkpoint): no [B, T, V] tensor ever exists.
+    """
+    head = model.get_output_embeddings()
+
+    def head_chunk(hidden, token):  # [N, D], [N] -> [N], [N]
+        logp = (head(hidden).float() / temperature).log_softmax(-1)
+        return logp.gather(1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    valid = batch.mask.bool()
+    hidden, token = states_before(model.base_model, batch)[valid], batch.tokens[:, batch.prompt_width:][valid]
+    chunk = max(1, 2**24 // head.weight.shape[0])
+    parts = [checkpoint(head_chunk, h, o, use_reentrant=False, preserve_rng_state=False)
+             for h, o in zip(hidden.split(chunk), token.split(chunk))]
+    scattered = []
+    for part in zip(*parts):
+        part = torch.cat(part)
+        scattered.append(part.new_zeros(batch.mask.shape).masked_scatter(valid, part))
+    return scattered[0], scattered[1]
+
+
+def microbatches(batch: Rollout, token_budget: int):
+    """Yield row numbers in groups of similar length, each at most `token_budget` tokens wide when padded (or one row).
+
+    Every loss below is a mean, over answers or over tokens; weighted by its part of that mean, the gradients of the
+    groups add up to the gradient of one big batch, whatever the budget."""
+    lengths = batch.mask.sum(1)
+    group = []
+    for row in lengths.argsort(stable=True).tolist():
+        if group and (len(group) + 1) * (batch.prompt_width + int(lengths[row])) > token_budget:
+            yield torch.tensor(group, device=lengths.device)
+            group = []
+        group.append(row)
+    yield torch.tensor(group, device=lengths.device)
+
+
+# ================================================================================================== 3 Mini-critics
+
+
+class MiniCritic(nn.Module):
+    """V_m(s_t; phi_m): the backbone of any Hugging Face language model and a scalar head.
+
+    Pretrained matters (claim C2): a network that can already continue an answer knows most of what it takes to see
+    whether it is going well, so few answers are enough to teach it values.
+    """
+
+    def __init__(self, backbone, generator: torch.Generator | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, 1)
+        # Small enough that values start near 0, and different in every critic, as usual for PPO's value heads.
+        nn.init.normal_(self.head.weight, std=1 / (backbone.config.hidden_size + 1), generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Rollout) -> torch.Tensor:
+        """V(s_t) [B, T]: the value before token t."""
+        return self.head(states_before(self.backbone, batch))[..., 0].float()
+
+
+def assign_shards(num_prompts, group_size, num_critics, generator=None):
+    """Group-level disjoint shards: which critic is trained on which answer.
+
+    Every critic gets answers to *every* prompt, but never the same answer as another critic (a split by prompt would
+    leave each critic blind to half of the prompts). Which ones is random; how many is even, and where G is not
+    divisible by M the odd answers go round from prompt to prompt.
+
+    Returns owner [num_prompts * group_size], long: answer g of prompt p belongs to critic owner[p * group_size + g].
+    Raises ValueError when there are fewer answers per prompt than critics. Source: the paper's disjoint-shard rule.
+    """
+    if not 1 <= num_critics <= group_size:
+        raise ValueError(f"{group_size} answers per prompt cannot be divided among {num_critics} critics")
+    even = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # deal them round
+    shuffle = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)  # but who gets which is random
+    return even.gather(1, shuffle).flatten()
+
+
+# ================================================================================================== 4 Advantages
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al., arXiv 1506.02438), here on V_bar: the corrected advantage.
+
+        delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
+
+    rewards, values, mask: [B, T]; values[:, t] is V(s_t), the value before token t. After an answer's last token there
+    is no next state, so its value is 0, also where the length limit cut the answer off: for a verifier, an unfinished
+    answer is a wrong one. Positions with mask 0 are passed over, wherever they are, and may hold anything, even NaN.
+
+    Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
+    both [B, T], 0 where mask is 0. With lam 0, A_t is the one-step TD error; with lam and gamma 1, R - V(s_t).
+    """
+    valid = mask.bool()
+    rewards, values = rewards.masked_fill(~valid, 0), values.masked_fill(~valid, 0)
+    advantages = torch.zeros_like(values)
+    next_value, advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(valid[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(valid[:, t], values[:, t], next_value)
+        advantages[:, t] = advantage
+    advantages = advantages.masked_fill(~valid, 0)
+    return advantages, advantages + values
+
+
+def whiten(x, mask):
+    """x [B, T] brought to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere.
+
+    Where the valid tokens do not differ, or there is only one, the result is 0, not NaN.
+    The paper is silent on it; it is usual for PPO and makes one learning rate fit batches easy and hard.
+    """
+    valid = mask.bool()
+    if not valid.any():
+        return torch.zeros_like(x)
+    mean, std = x[valid].mean(), x[valid].std(unbiased=False)
+    return ((x - mean) / (std + 1e-8)).masked_fill(~valid, 0)
+
+
+def group_advantages(rewards, group_size):
+    """GRPO (arXiv 2402.03300): an answer's reward beside those of the other answers to the same prompt.
+
+    rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number
+    for all tokens of an answer. A group whose answers are all right or all wrong gets 0: nothing to compare.
+    """
+    groups = rewards.view(-1, group_size)
+    centered = groups - groups.mean(dim=1, keepdim=True)
+    return (centered / (groups.std(dim=1, keepdim=True, unbiased=False) + 1e-6)).flatten()
+
+
+# ================================================================================================== 5 Disagreement
+
+
+def disagreement(values):
+    """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
+
+    Population standard deviation, so that one critic gives 0, not NaN; for two critics it is half the distance
+    between them, and sample or population makes no difference to the ranking, which is all that is used.
+    """
+    return values.std(dim=0, unbiased=False)
+
+
+def advantage_mask(sigma, mask, k):
+    """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. All [B, T].
+
+    Where the critics agree, the value is known and the update would only fit noise, the more so the more often a batch
+    is reused. Ranked over all valid tokens of the batch (the paper is silent: batch or minibatch; "states of the
+    batch" reads as all). Exactly floor(k * N) of the N valid tokens are masked; of equals, the first ones. If sigma is
+    the same everywhere (one critic, or identical ones) it says nothing, and every valid token is kept.
+    """
+    valid = mask.bool()
+    keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
+    if len(signal) and signal.min() < signal.max():
+        keep[signal.argsort(stable=True)[:int(k * len(signal))]] = 0
+    return torch.zeros_like(sigma).masked_scatter(valid, keep)
+
+
+def entropy_filter(sigma, mask, h):
+    """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. All [B, T].
+
+    Where the critics disagree most, the state says little about the outcome, so exploring there is noise: these tokens
+    get no entropy bonus. Counted and ranked as in advantage_mask, from the other end.
+    """
+    valid = mask.bool()
+    keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
+    if len(signal) and signal.min() < signal.max():
+        keep[signal.argsort(stable=True, descending=True)[:int(h * len(signal))]] = 0
+    return torch.zeros_like(sigma).masked_scatter(valid, keep)
+
+
+# ================================================================================================== 6 Losses
+
+
+def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent_keep, clip, beta):
+    """AsyPPO's objective, negated: minimise it.
+
+        E[ 1/|o| * sum_t ( I_A(t) * min(rho_t * A_t, clip(rho_t, 1 - eps, 1 + eps) * A_t) + beta * I_H(t) * H_t ) ]
+
+    All tensors [B, T]: logprobs and entropy of pi_theta carry gradients; old_logprobs, advantages, adv_keep (I_A) and
+    ent_keep (I_H) are constants. |o| is the answer's full length, masked tokens included: every answer weighs the
+    same, and so does every token of it. Padding (mask 0) may hold anything and gets no gradient; an empty answer
+    counts as 0. With adv_keep 1 and beta 0 this is PPO; with a group's advantage on every token, GRPO without its KL.
+
+    Returns loss (a scalar) and stats over the valid tokens: ratio_error = max |rho - 1|, which must be 0 on the first
+    pass over a batch; clip_fraction, the share of tokens with rho outside 1 +- clip; and kl, the estimate
+    E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is never negative (Schulman, "Approximating KL", k3).
+    """
+    valid = mask.bool()
+    # Zeroed before exp, not after: exp of a padded inf would send NaN (0 * inf) back through the gradient.
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~valid, 0)
+    advantages = advantages.detach().masked_fill(~valid, 0)
+    ratio = log_ratio.exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid, 0)
+    lengths = mask.sum(dim=1).clamp(min=1)
+    loss = -(per_token.masked_fill(~valid, 0).sum(dim=1) / lengths).mean()
+    with torch.no_grad():
+        count, change = mask.sum().clamp(min=1), (ratio - 1).abs()
+        stats = {"ratio_error": change.max(), "clip_fraction": (change > clip).sum() / count,
+                 "kl": (ratio - 1 - log_ratio).sum() / count}
+    return loss, stats
+
+
+def critic_loss(values, returns, mask):
+    """E[(V(s_t) - R_t)^2] over the valid tokens: one critic's part of the ensemble's loss. All [B, T] -> a scalar.
+
+    The paper is silent on whether tokens or answers are averaged; "over (s_t, R_t)" reads as over states, so tokens.
+    Padding may hold anything; without any valid token the loss is 0.
+    """
+    valid = mask.bool()
+    error = (values - returns.detach()).masked_fill(~valid, 0)
+    return error.square().sum() / mask.sum().clamp(min=1)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 1 perfect, 0 no better than a constant, below 0
+    worse than one. NaN where the returns do not vary. All [B, T]."""
+    valid = mask.bool()
+    variance = returns[valid].var(unbiased=False)
+    return float(1 - (returns - values)[valid].var(unbiased=False) / variance) if variance > 0 else float("nan")
+
+
+# ================================================================================================== 7 Training
+
+
+@dataclass
+class Learner:
+    """All that changes while learning, and what it learns from. Randomness is not among it: see generators()."""
+
+    config: Config
+    task: object           # the task file: problems(split, seed), reward(response, example)
+    tokenizer: object
+    actor: nn.Module
+    actor_optimizer: torch.optim.Optimizer
+    critics: list[MiniCritic]
+    critic_optimizers: list[torch.optim.Optimizer]
+    train_problems: object  # datasets.Dataset with a column "prompt"
+    test_problems: object
+    end_ids: list[int]
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.actor.device
+
+
+def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
+    """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone: an
+    iteration can be repeated, or taken up again, without its predecessors."""
+    seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
+    return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+
+
+def answer(learner: Learner, examples: list[dict], generator) -> tuple[Rollout, torch.Tensor]:
+    """One sampled answer to each example's prompt, and the verifier's R of each, [B]."""
+    config, tokenizer = learner.config, learner.tokenizer
+    prompts = [tokenizer(example["prompt"]).input_ids for example in examples]
+    batch = generate(learner.actor, prompts, config.max_new_tokens, config.temperature, learner.end_ids, learner.pad_id,
+                     generator)
+    scores = [reward_of(learner.task, text, example) for text, example in zip(texts_of(learner, batch), examples)]
+    return batch, torch.tensor(scores, device=learner.device)
+
+
+@torch.no_grad()
+def critic_values(learner: Learner, batch: Rollout) -> torch.Tensor:
+    """V_m(s_t) of every critic, [M, B, T], 0 on padding. With no critic [0, B, T]."""
+    values = batch.mask.new_zeros(len(learner.critics), *batch.mask.shape)
+    for m, critic in enumerate(learner.critics):
+        for index in microbatches(batch, learner.config.micro_batch_tokens):
+            part = batch.rows(index)
+            values[m, index, :part.mask.shape[1]] = critic(part) * part.mask
+    return values
+
+
+def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
+    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; min is there to test claim C5 against."""
+    return values.mean(dim=0) if how == "mean" else values.min(dim=0).values
+
+
+def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tensor, shard: torch.Tensor, generator):
+    """Critic m's regression on its shard (row numbers), critic_epochs times, an optimizer step per critic_batch."""
+    config, critic, optimizer = learner.config, learner.critics[m], learner.critic_optimizers[m]
+    for _ in range(config.critic_epochs):
+        order = shard[torch.randperm(len(shard), generator=generator).to(shard.device)]
+        for rows in order.split(config.critic_batch):
+            minibatch = batch.rows(rows)
+            optimizer.zero_grad()
+            for index in microbatches(minibatch, config.micro_batch_tokens):
+                part = minibatch.rows(index)
+                loss = critic_loss(critic(part), returns[rows[index], :part.mask.shape[1]], part.mask)
+                (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
+            nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+            optimizer.step()
+
+
+def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_keep) -> list[dict]:
+    """`utd` optimizer steps on the batch. Returns the statistics of every pass."""
+    config, passes = learner.config, []
+    for _ in range(config.utd):
+        learner.actor_optimizer.zero_grad()
+        total = {"ratio_error": 0.0, "clip_fraction": 0.0, "kl": 0.0}
+        for index in microbatches(batch, config.micro_batch_tokens):
+            part = batch.rows(index)
+            of_part = (index, slice(part.mask.shape[1]))
+            logprobs, entropy = score(learner.actor, part, config.temperature)
+            loss, stats = policy_loss(logprobs, part.logprobs, advantages[of_part], entropy, part.mask,
+                                      adv_keep[of_part], ent_keep[of_part], config.clip, config.entropy_coef)
+            (loss * len(index) / len(batch.mask)).backward()  # its part of the mean over answers
+            share = float(part.mask.sum() / batch.mask.sum())
+            total = {"ratio_error": max(total["ratio_error"], float(stats["ratio_error"])),
+                     "clip_fraction": total["clip_fraction"] + share * float(stats["clip_fraction"]),
+                     "kl": total["kl"] + share * float(stats["kl"])}
+        nn.utils.clip_grad_norm_(learner.actor.parameters(), 1.0)
+        learner.actor_optimizer.step()
+        passes.append(total)
+    return passes
+
+
+def train_step(learner: Learner, step: int, look_into_values: bool = False) -> tuple[dict, dict]:
+    """One iteration, in the paper's order. Returns the metrics and, for the pictures, the batch with its tensors."""
+    config, critics, clock = learner.config, learner.critics, Stopwatch(learner.device)
+    generator, cpu_generator = generators(learner, step)
+
+    # (1) Sample G answers per prompt with the current policy. The reward sits on the last real token, r_t = 0 before.
+    chosen = torch.randperm(len(learner.train_problems), generator=cpu_generator)[:config.prompts_per_step].tolist()
+    examples = [learner.train_problems[i] for i in chosen for _ in range(config.group_size)]
+    batch, scores = answer(learner, examples, generator)
+    mask = batch.mask
+    rewards = torch.zeros_like(mask)
+    rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
+    seconds_rollout = clock.lap()
+
+    # How well did the critics foretell this batch, before they see it? (Only a measurement.)
+    values = critic_values(learner, batch)
+    v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
+    _, outcome = gae(rewards, v_bar, mask, config.gamma, 1.0)  # the Monte-Carlo return
+    explained = explained_variance(v_bar, outcome, mask) if critics else None
+    seconds_critic = clock.lap()
+    foretold = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
+    clock.lap()  # this one is not counted
+
+    # (2) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic has just
+    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that.
+    if critics:
+        _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
+        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
+        for m in range(len(critics)):
+            mine = torch.ones_like(owner) if config.shared_data else owner == m
+            update_critic(learner, m, batch, returns, mine.nonzero()[:, 0], cpu_generator)
+
+        # (3) The corrected advantage: GAE on the ensemble's value, V_bar.
+        values = critic_values(learner, batch)
+        v_bar = aggregate(values, config.aggregate)
+        advantages, _ = gae(rewards, v_bar, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask) if config.whiten else advantages
+        # (4) The critics' disagreement.
+        sigma = disagreement(values)
+    else:
+        advantages = group_advantages(scores, config.group_size)[:, None] * mask
+        sigma = torch.zeros_like(mask)
+
+    # (5) Two masks from it: learn where the critics do not agree yet, explore where they do not quarrel.
+    signals = {"sigma": sigma, "entropy": batch.entropy}
+    adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
+    ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
+    seconds_critic += clock.lap()
+
+    # (6) The actor: utd steps of clipped policy gradient on the same batch.
+    warming_up = bool(critics) and step <= config.critic_warmup
+    passes = [] if warming_up else update_actor(learner, batch, advantages, adv_keep, ent_keep)
+    seconds_actor = clock.lap()
+
+    tokens = mask.sum()
+
+    def mean(x):
+        return float((x * mask).sum() / tokens)
+
+    metrics = {
+        "step": step, "reward": float(scores.mean()), "eval_accuracy": None,
+        "response_length": float(mask.sum(1).mean()), "truncated_share": float(batch.truncated.float().mean()),
+        "entropy": mean(batch.entropy), "kl": passes[-1]["kl"] if passes else None,  # how far the last pass had moved
+        "clip_fraction": passes[-1]["clip_fraction"] if passes else None,
+        "first_ratio_error": passes[0]["ratio_error"] if passes else None,
+        "explained_variance": explained, "sigma_mean": mean(sigma), "masked_share": 1 - mean(adv_keep),
+        "filtered_share": 1 - mean(ent_keep), "seconds_rollout": seconds_rollout, "seconds_critic": seconds_critic,
+        "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **foretold,
+    }
+    view = {"batch": batch, "scores": scores, "values": values, "v_bar": v_bar, "sigma": sigma,
+            "advantages": advantages, "adv_keep": adv_keep, "ent_keep": ent_keep}
+    return metrics, view
+
+
+# ================================================================================================== 8 Evaluation
+
+
+def evaluate(learner: Learner) -> float:
+    """Mean reward on held-out problems, one sampled answer each, at the training temperature: the policy as it is.
+    The same random numbers every time, so that two evaluations differ by the policy, not by luck."""
+    generator, _ = generators(learner, -1)
+    examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
+    size = learner.config.prompts_per_step * learner.config.group_size  # as many at once as a training batch holds
+    scores = [answer(learner, examples[i:i + size], generator)[1] for i in range(0, len(examples), size)]
+    return float(torch.cat(scores).mean())
+
+
+def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples: list[dict], count: int,
+                continuations: int = 64) -> dict:
+    """How far could values be foretold at all, and how far did the critics get? Slow: for looking only.
+
+    The true V(s_t) of a state is the mean reward of endings sampled from it by the current policy. For `count` states
+    drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return is then
+    E[Var(R | s)], which nobody can foretell, plus Var(V). Returned (both corrected for the finite number of endings):
+    true_explained = Var(V) / Var(R), what a perfect critic would explain;
+    critic_explained = what V_bar explains on the same states, and value_error, its root mean square error against V.
+    """
+    generator, cpu_generator = generators(learner, -2)
+    states = batch.mask.nonzero()  # [N, 2]: row, t
+    states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
+    P, size, truth, within, guess = batch.prompt_width, learner.config.prompts_per_step * learner.config.group_size, [], [], []
+    for t in states[:, 1].unique().tolist():  # states at the same place have the same room left to end in
+        rows = states[states[:, 1] == t, 0]
+        prefixes = [batch.tokens[i, :P + t][batch.attention[i, :P + t].bool()].tolist() for i in rows]
+        todo = [(prefix, examples[i]) for prefix, i in zip(prefixes, rows.tolist()) for _ in range(continuations)]
+        scores = []
+        for n in range(0, len(todo), size):
+            some = todo[n:n + size]
+            endings = generate(learner.actor, [prefix for prefix, _ in some], learner.config.max_new_tokens - t,
+                               learner.config.temperature, learner.end_ids, learner.pad_id, generator)
+            written = texts_of(learner, endings, [prefix[len(prefix) - t:] for prefix, _ in some])
+            scores += [reward_of(learner.task, text, example) for text, (_, example) in zip(written, some)]
+        scores = torch.tensor(scores).view(-1, continuations)
+        truth.append(scores.mean(1))
+        within.append(scores.var(1))
+        guess.append(v_bar[rows, t].cpu())
+    truth, within, error = torch.cat(truth), torch.cat(within).mean(), torch.cat(guess) - torch.cat(truth)
+    luck = within / continuations  # what the finite number of endings adds to every variance and square below
+    total = truth.var() - luck + within
+    return {"true_explained": float((truth.var() - luck) / total),
+            "critic_explained": float(1 - (error.var() - luck + within) / total),
+            "value_error": float((error.square().mean() - luck).clamp(min=0).sqrt())}
+
+
+# ######################################################################################################################
+# The algorithm ends here. Below is plumbing: loading, the run, pictures, saving, timing, the command line.
+# ######################################################################################################################
+
+# ================================================================================================== 9 Plumbing
+
+
+class Stopwatch:
+    """Seconds between calls of lap(), the accelerator's unfinished work included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.now = getattr(self, "now", 0.0), time.perf_counter()
+        return self.now - before
+
+
+def texts_of(learner: Learner, batch: Rollout, written: list[list[int]] | None = None) -> list[str]:
+    """The answers as text, without the end token; `written` are token ids that came before each of them."""
+    texts = []
+    for row in range(len(batch.mask)):
+        tokens = batch.tokens[row, batch.prompt_width:][batch.mask[row].bool()].tolist()
+        tokens = tokens[:-1] if tokens and tokens[-1] in learner.end_ids else tokens
+        texts.append(learner.tokenizer.decode((written[row] if written else []) + tokens, skip_special_tokens=True))
+    return texts
+
+
+def reward_of(task, text: str, example: dict) -> float:
+    try:
+        value = float(task.reward(text, example))
+    except Exception as error:
+        raise UserError(f"reward() failed on problem {example['prompt']!r}: {type(error).__name__}: {error}")
+    if not math.isfinite(value):
+        raise UserError(f"reward() returned {value} for problem {example['prompt']!r}; it must return a finite number")
+    return value
+
+
+def load_task(path: str):
+    """Import a task file and check that it has what asyppo.py calls."""
+    if not Path(path).is_file():
+        raise UserError(f"--task {path}: no such file; give a Python file with problems() and reward()")
+    spec = importlib.util.spec_from_file_location("task", path)
+    if spec is None:
+        raise UserError(f"--task {path}: not a Python file (it must end in .py)")
+    task = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(task)
+    except Exception as error:
+        raise UserError(f"--task {path}: importing it failed: {type(error).__name__}: {error}")
+    for name in ("problems", "reward"):
+        if not callable(getattr(task, name, None)):
+            raise UserError(f"--task {path}: it has no function {name}(); a task file needs problems(split, seed) -> "
+                            "Dataset and reward(response, example) -> float")
+    return task
+
+
+def load_problems(task, split: str, config: Config, at_least: int):
+    from datasets import Dataset
+    try:
+        problems = task.problems(split, config.seed)
+    except Exception as error:
+        raise UserError(f"problems({split!r}) failed: {type(error).__name__}: {error}")
+    if not isinstance(problems, Dataset):
+        raise UserError(f"problems({split!r}) must return a datasets.Dataset, not {type(problems).__name__}")
+    if "prompt" not in problems.column_names:
+        raise UserError(f"problems({split!r}) has no column 'prompt'; its columns are {problems.column_names}")
+    if len(problems) < at_least:
+        raise UserError(f"problems({split!r}) has {len(problems)} rows, but {at_least} are needed")
+    for i, prompt in enumerate(problems["prompt"]):
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f"problems({split!r}): the prompt of row {i} must be a non-empty string, not {prompt!r}")
+    return problems
+
+
+def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
+    """`auto_class`.from_pretrained in float32 (pure bf16 weights swallow small updates: 0.02 - 1e-5 == 0.02), with every
+    dropout 0 (it would make the ratio of the first pass differ from 1), cut to the first `layers` layers if given."""
+    from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(name)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        if layers:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+    except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
+        raise UserError(f"{flag} {name}: no model could be loaded from a directory or a hub of that name "
+                        f"({first_line(error)}); download it first, or give the directory of a saved model")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def make_learner(config: Config, task) -> Learner:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    train, test = load_problems(task, "train", config, config.prompts_per_step), load_problems(task, "test", config, 1)
+
+    name, critic_name = config.model, config.critic_model
+    if not name:
+        if not callable(getattr(task, "models", None)):
+            raise UserError(f"the task {config.task} brings no models() of its own; say which with --model")
+        name, small = task.models()
+        critic_name = critic_name or small
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    actor = load_pretrained(AutoModelForCausalLM, name, "--model").to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"--model {name}: it has no usable tokenizer ({first_line(error)})")
+    check_head(actor, name)
+    longest = max(len(tokenizer(prompt).input_ids) for split in (train, test) for prompt in split["prompt"])
+    room = getattr(actor.config, "max_position_embeddings", None)
+    if room and longest + config.max_new_tokens > room:
+        raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens {config.max_new_tokens} "
+                        f"is more than the model's context of {room}; lower --max-new-tokens or shorten the prompts")
+
+    if config.critic_size == "actor":
+        critic_name, layers = name, 0
+    elif critic_name:
+        layers = config.critic_layers
+    else:
+        critic_name, layers = name, config.critic_layers or max(1, actor.config.num_hidden_layers // 4)
+    generator = torch.Generator().manual_seed(config.seed)
+    critics = [MiniCritic(load_pretrained(AutoModel, critic_name, "--critic-model", layers), generator).to(device)
+               for _ in range(config.critics)]
+    # Train mode throughout: all dropout is 0, and gradient checkpointing, where a model has it, needs train mode.
+    return Learner(
+        config, task, tokenizer, actor.train(), adam(actor, config.lr), [critic.train() for critic in critics],
+        [adam(critic, config.critic_lr) for critic in critics], train, test, end_ids(actor, tokenizer),
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)  # 0: any id does, masks come from lengths
+
+
+def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def end_ids(model, tokenizer) -> list[int]:
+    """All token ids that end an answer, wherever a model may keep them (Qwen3 has two, in its generation_config)."""
+    found = {tokenizer.eos_token_id}
+    for ids in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
+    return sorted(found - {None})
+
+
+@torch.no_grad()
+def check_head(model, name: str) -> None:
+    """We apply the output head ourselves, in chunks. Refuse a model that does more than that to make its logits."""
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    ours = model.get_output_embeddings()(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, model(input_ids=tokens, use_cache=False).logits, atol=1e-4, rtol=1e-3):
+        raise UserError(f"--model {name}: its logits are not just head(hidden state) (soft-capped or scaled); "
+                        "such models are not supported")
+
+
+def train(config: Config, task) -> None:
+    """A whole run: every iteration, everything that is printed, everything that is left in config.out."""
+    from tqdm import tqdm
+    out = Path(config.out)
+    if (out / "config.json").exists() or (out / "metrics.jsonl").exists():
+        raise UserError(f"{out} already holds a run; give another directory with --out, or delete that one")
+    learner = make_learner(config, task)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})")
+    print(f"{config.algo}: actor {size_of(learner.actor)}, "
+          + (f"{len(learner.critics)} x critic {size_of(learner.critics[0])}" if learner.critics else "no critic")
+          + f", on {learner.device.type}; leaves everything in {out}")
+
+    rows, accuracy = [], evaluate(learner)
+    row = {"step": 0, "eval_accuracy": accuracy}  # before any training; the other columns follow with the first batch
+    tqdm.write(f"step {0:4d}  held-out accuracy {accuracy:.3f}")
+    with open(out / "metrics.jsonl", "w") as log, tqdm(total=config.steps, desc=config.algo) as bar:
+        for step in range(1, config.steps + 1):
+            evaluating = step % config.eval_every == 0 or step == config.steps
+            metrics, view = train_step(learner, step, look_into_values=evaluating and config.true_values > 0)
+            if step == 1:
+                rows.append({key: row.get(key) for key in metrics})
+                log.write(as_json(rows[0]))
+            error = metrics["first_ratio_error"]
+            if error is not None and not error < 1e-3:
+                raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
+                                f"(ratio off by {error:.2g} before any update); its cache, positions or dropout are at fault")
+            if evaluating:
+                metrics["eval_accuracy"] = accuracy = evaluate(learner)
+                tqdm.write(summary(metrics))
+            rows.append(metrics)
+            log.write(as_json(metrics))
+            log.flush()
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
+            bar.update()
+    save(learner, out)
+    plot_curves(rows, out / "curves.png")
+    story = TokenStory(learner, view)
+    story.plot(out / "tokens.png")
+    story.print()
+    print(f"held-out accuracy {rows[0]['eval_accuracy']:.3f} -> {accuracy:.3f}; see {out}/curves.png and tokens.png")
+
+
+def size_of(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.0f}M parameters" if count >= 1e7 else f"{count / 1e3:.0f}K parameters"
+
+
+def as_json(row: dict) -> str:
+    """One line of JSON. NaN, which JSON does not know, becomes null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n"
+
+
+def summary(metrics: dict) -> str:
+    names = dict(reward="reward", explained_variance="explained", sigma_mean="sigma", entropy="entropy",
+                 response_length="length", true_explained="true values explain", critic_explained="critics on the same")
+    shown = [f"{label} {metrics[key]:.3g}" for key, label in names.items() if metrics.get(key) is not None]
+    return f"step {metrics['step']:4d}  held-out accuracy {metrics['eval_accuracy']:.3f}  " + "  ".join(shown)
+
+
+def save(learner: Learner, out: Path) -> None:
+    """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic. Safetensors only."""
+    from safetensors.torch import save_file
+    learner.actor.save_pretrained(out / "actor")
+    learner.tokenizer.save_pretrained(out / "actor")
+    for m, critic in enumerate(learner.critics, 1):
+        critic.backbone.save_pretrained(out / f"critic_{m}")
+        save_file({k: v.detach().cpu() for k, v in critic.head.state_dict().items()},
+                  out / f"critic_{m}" / "value_head.safetensors")
+
+
+def load_critic(folder: str | Path) -> MiniCritic:
+    """A critic that a run has saved: AutoModel.from_pretrained for the backbone, and its scalar head."""
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+    critic = MiniCritic(AutoModel.from_pretrained(folder, dtype=torch.float32))
+    critic.head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
+    return critic
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+PANELS = {  # title: the metrics it shows
+    "held-out accuracy, reward": ["eval_accuracy", "reward"],
+    "variance of the return explained by V_bar, before the update": ["explained_variance"],
+    "disagreement of the critics (mean sigma)": ["sigma_mean"],
+    "entropy (nats per token)": ["entropy"],
+    "answer length (tokens)": ["response_length"],
+    "moved from the old policy: KL, share clipped": ["kl", "clip_fraction"],
+}
+
+
+def plot_curves(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row[key] is not None and math.isfinite(row[key])]
+            if points:
+                axis.plot(*zip(*points), "o-" if key == "eval_accuracy" else "-", label=key.replace("_", " "))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+class TokenStory:
+    """One answer of the last batch, token by token: values, disagreement, and what was masked or filtered.
+
+    Of the wrong answers (else of all), the one in which V_bar falls furthest: a mistake that the critics have seen."""
+
+    def __init__(self, learner: Learner, view: dict):
+        batch, scores, v_bar = view["batch"], view["scores"], view["v_bar"]
+        falls = (v_bar.cummax(dim=1).values - v_bar) * batch.mask
+        wrong = scores < scores.max()
+        row = int((falls.max(1).values + 1e3 * wrong).argmax())
+        length = int(batch.mask[row].sum())
+        answer_tokens = batch.tokens[row, batch.prompt_width:batch.prompt_width + length]
+        prompt = batch.tokens[row, :batch.prompt_width][batch.attention[row, :batch.prompt_width].bool()]
+        self.prompt, self.score = learner.tokenizer.decode(prompt), float(scores[row])
+        self.texts = [learner.tokenizer.decode([t]).replace("\n", "\\n") for t in answer_tokens.tolist()]
+        self.of_token = {k: view[k][row, :length].cpu() for k in ("v_bar", "sigma", "advantages", "adv_keep", "ent_keep")}
+        self.values = view["values"][:, row, :length].cpu()
+        self.title = f"{self.prompt}{''.join(self.texts)}   reward {self.score:g}"
+
+    def plot(self, path: Path) -> None:
+        from matplotlib.figure import Figure
+        x, of = range(len(self.texts)), self.of_token
+        figure = Figure(figsize=(max(8, 0.36 * len(x)), 7), layout="constrained")
+        top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 2])
+        for m, values in enumerate(self.values, 1):
+            top.plot(x, values, "-", alpha=0.6, label=f"critic {m}")
+        top.plot(x, of["v_bar"], "ko-", markersize=3, label="V_bar")
+        top.axhline(self.score, color="gray", linestyle=":", label="reward")
+        top.set_ylabel("value before the token")
+        top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        middle.bar(x, of["sigma"], color="tab:purple")
+        middle.set_ylabel("sigma")
+        bottom.bar(x, of["advantages"], color=["tab:green" if keep else "lightgray" for keep in of["adv_keep"]])
+        bottom.set_ylabel("advantage\n(gray: masked)")
+        for t in x:
+            if not of["ent_keep"][t]:
+                middle.axvspan(t - 0.5, t + 0.5, color="tab:orange", alpha=0.25, linewidth=0)
+        middle.set_title("orange: sigma among the highest, no entropy bonus", fontsize=9)
+        bottom.set_xticks(x, self.texts, family="monospace")
+        bottom.set_xlabel("token of the answer")
+        figure.suptitle(self.title.replace("$", r"\$"), family="monospace", fontsize=10)
+        figure.savefig(path, dpi=110)
+
+    def print(self) -> None:
+        """In colour, red (V_bar low) to green (high), where the terminal shows it; else one line per quantity."""
+        of, colour = self.of_token, sys.stdout.isatty()
+        print(f"an answer to {self.prompt!r}, reward {self.score:g}; V_bar before each token"
+              + (", red 0 to green 1" if colour else " in tenths") + "; A: advantage masked, H: no entropy bonus")
+        cells = [text if text.strip() else repr(text)[1:-1] for text in self.texts]
+        shade = [f"\033[30;48;2;{int(230 * (1 - v))};{int(200 * v)};60m" for v in of["v_bar"].clamp(0, 1).tolist()]
+        print("  token  " + "".join(f"{s}{c}\033[0m" if colour else c for c, s in zip(cells, shade)))
+        for label, marks in (("V_bar", [str(min(9, int(10 * max(0, v)))) for v in of["v_bar"].tolist()]),
+                             ("A", ["." if keep else "A" for keep in of["adv_keep"]]),
+                             ("H", ["." if keep else "H" for keep in of["ent_keep"]])):
+            print(f"  {label:5s}  " + "".join(mark.ljust(len(cell)) for mark, cell in zip(marks, cells)))
+
+
+# --------------------------------------------------------------------------------------------------------- timing
+
+
+def floor_seconds(learner: Learner, batch: Rollout) -> dict:
+    """The same tokens through the bare models: no sampling, no losses, no masks, no optimizer, nothing but forward and
+    backward, in the same microbatches, and decoding with a cache over as many rows as were being written."""
+    config, clock = learner.config, Stopwatch(learner.device)
+    lengths, P = batch.mask.sum(1), batch.prompt_width
+    with torch.no_grad():
+        inputs, cache, rows = batch.tokens[:, :P], None, lengths.argsort(descending=True, stable=True)
+        for t in range(batch.mask.shape[1]):
+            cache = learner.actor(input_ids=inputs, attention_mask=batch.attention[rows, :P + t], past_key_values=cache,
+                                  use_cache=True, logits_to_keep=1).past_key_values
+            writing = int((lengths > t + 1).sum())
+            if writing < len(rows):
+                rows = rows[:writing]
+                cache.batch_select_indices(torch.arange(writing, device=rows.device))
+            inputs = batch.tokens[rows, P + t, None]
+    seconds = {"rollout": clock.lap(), "critic": 0.0, "actor": 0.0}
+
+    def forward(model, of: Rollout, backward: bool):
+        with torch.set_grad_enabled(backward):
+            for index in microbatches(of, config.micro_batch_tokens):
+                part = of.rows(index)
+                output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False)[0]
+                if backward:
+                    output.mean().backward()
+
+    clock.lap()
+    for critic in learner.critics:
+        for _ in range(2):  # valued before and after the update
+            forward(critic.backbone, batch, backward=False)
+        share = len(batch.mask) // (1 if config.shared_data else len(learner.critics))
+        for _ in range(config.critic_epochs):
+            for rows in torch.arange(share, device=lengths.device).split(config.critic_batch):
+                forward(critic.backbone, batch.rows(rows), backward=True)
+    seconds["critic"] = clock.lap()
+    for _ in range(config.utd):
+        forward(learner.actor, batch, backward=True)
+    seconds["actor"] = clock.lap()
+    for model in (learner.actor, *learner.critics):
+        model.zero_grad()
+    return seconds
+
+
+def profile(config: Config, task, repeats: int = 5) -> None:
+    """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are 0, so the
+    actors stay equal), and each one's floor right after it. Medians over the repeats; ratios are taken within a repeat."""
+    phases, learners = ("rollout", "critic", "actor"), {}
+    for algo in ("asyppo", "grpo", "ppo"):
+        changed = replace(config, **{**{key: getattr(Config, key) for preset in PRESETS.values() for key in preset},
+                                     **PRESETS[algo], "lr": 0.0, "critic_lr": 0.0, "critic_warmup": 0})
+        learners[algo] = make_learner(changed, task)
+    times = {algo: [] for algo in learners}
+    for repeat in range(repeats + 1):
+        for algo, learner in learners.items():
+            metrics, view = train_step(learner, step=repeat + 1)
+            spent, floor = [metrics[f"seconds_{p}"] for p in phases], floor_seconds(learner, view["batch"])
+            if repeat:  # the first one warms up
+                times[algo].append([*spent, sum(spent), *(floor[p] for p in phases), sum(floor.values())])
+    print(f"{'seconds':8s}" + "".join(f"{p:>9s}" for p in (*phases, "step")) + "   floor:"
+          + "".join(f"{p:>9s}" for p in (*phases, "step")) + "   step/floor")
+    for algo, laps in times.items():
+        laps = torch.tensor(laps)
+        middle = laps.median(dim=0).values.tolist()
+        print(f"{algo:8s}" + "".join(f"{x:9.3f}" for x in middle[:4]) + "         "
+              + "".join(f"{x:9.3f}" for x in middle[4:]) + f"   {spread(laps[:, 3] / laps[:, 7])}")
+    for other in ("grpo", "ppo"):
+        print(f"step of asyppo / step of {other}: "
+              + spread(torch.tensor(times["asyppo"])[:, 3] / torch.tensor(times[other])[:, 3]))
+
+
+def spread(ratios: torch.Tensor) -> str:
+    return f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f} in {len(ratios)} repeats)"
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> Config:
+    """The command line, made from Config's fields, with the chosen algorithm's preset as the defaults."""
+    parser = Parser(prog="asyppo.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for f in fields(Config):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            shown = "" if f.default == "" or f.name == "task" else f" [{f.default}]"
+            parser.add_argument(flag, type=type(f.default), default=f.default, choices=f.metadata.get("choices"),
+                                metavar=f.metadata.get("choices") and "|".join(f.metadata["choices"]) or
+                                type(f.default).__name__.upper(), help=text + shown)
+    algo = parser.parse_args(argv).algo
+    parser.set_defaults(**PRESETS[algo])
+    config = Config(**vars(parser.parse_args(argv)))
+    return replace(config, out=config.out or f"runs/{config.algo}-{config.seed}")
+
+
+def check(config: Config) -> None:
+    """What no run can do is said before anything is loaded."""
+    def demand(true: bool, text: str):
+        if not true:
+            raise UserError(text)
+
+    for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "utd", "critic_epochs", "critic_batch",
+                 "eval_every", "eval_problems", "micro_batch_tokens"):
+        demand(getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    for name in ("critics", "critic_layers", "critic_warmup", "true_values", "seed"):
+        demand(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+    for name in ("temperature", "lr", "critic_lr", "clip"):
+        demand(0 < getattr(config, name) < math.inf,
+               f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(config, name)}")
+    for name in ("gamma", "lam", "critic_lam"):
+        demand(0 <= getattr(config, name) <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(config, name)}")
+    for name in ("mask_k", "filter_h"):
+        demand(0 <= getattr(config, name) < 1, f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(config, name)}")
+    demand(0 <= config.entropy_coef < math.inf, f"--entropy-coef must not be negative, not {config.entropy_coef}")
+    demand(config.group_size >= config.critics, f"--group-size {config.group_size} is less than --critics "
+           f"{config.critics}: every critic needs an answer of its own to every prompt")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config = parse(argv)
+        check(config)
+        task = load_task(config.task)
+        (profile if config.profile else train)(config, task)
+    except UserError as error:
+        print("asyppo: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

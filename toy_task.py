@@ -1,0 +1,192 @@
+"""A toy task for asyppo.py: chains of one-digit arithmetic, and tiny language models that half know how to do them.
+
+    problem   5-8+9*3=                          3 to 6 terms, from left to right, only the last digit kept
+    careful   5-8=7;7+9=6;6*3=8#8               one operation a step; every step can be checked where it stands
+    hasty     5-8+9=6;6*3=8#8                   swallows two or more operations at once: too much for a tiny model
+    a slip    5-8=1!5-8=7;7+9=6;6*3=8#8         seen ("!") and redone, or not seen and carried on to the end
+    reward    1 if the answer ends in "#" and the right digit, else 0
+
+The models are pretrained on demonstrations of all these habits, mostly hasty, so greedy decoding is usually wrong and
+there is something to learn beyond sharpening: leave hasty steps, slip less, mend what slipped. And because one token
+decides ("5-8" then "=" or "+"), the value of a state swings early and visibly, which is what a critic needs.
+A mistake never cancels by luck: `*` is only followed by 3, 7 or 9, which can be undone modulo 10.
+
+This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all it needs; `models` is
+an extra that spares the toy a `--model`. `python toy_task.py` shows problems, demonstrations and the pretrained models.
+"""
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers import models as tokenizer_models
+from tokenizers import pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+# ------------------------------------------------------------------------------------------------- problems, reward
+
+SIZES = {"train": 4096, "test": 512}
+
+
+def calculate(expression: str) -> int:
+    """Left to right, no precedence, last digit only: calculate("5-8+9*3") == 8."""
+    value = int(expression[0])
+    for operation, digit in zip(expression[1::2], map(int, expression[2::2])):
+        value = {"+": value + digit, "-": value - digit, "*": value * digit}[operation] % 10
+    return value
+
+
+def random_expression(rng: random.Random, min_operations: int = 2, max_operations: int = 5) -> str:
+    expression = str(rng.randint(0, 9))
+    for _ in range(rng.randint(min_operations, max_operations)):
+        operation = rng.choice("+-*")
+        expression += operation + (rng.choice("379") if operation == "*" else str(rng.randint(1, 9)))
+    return expression
+
+
+def split_of(expression: str) -> str:
+    """Which split an expression belongs to: one in eight is held out, decided by its own text, so no problem is ever in both."""
+    return "test" if zlib.crc32(expression.encode()) % 8 == 0 else "train"
+
+
+def expressions_of(split: str, count: int, rng: random.Random, **lengths) -> list[str]:
+    found = []
+    while len(found) < count:
+        expression = random_expression(rng, **lengths)
+        if split_of(expression) == split:
+            found.append(expression)
+    return found
+
+
+def problems(split: str, seed: int) -> Dataset:
+    """`split` is "train" or "test". Columns: prompt ("5-8+9*3=") and answer ("8")."""
+    expressions = expressions_of(split, SIZES[split], random.Random(f"{split}-{seed}"))
+    return Dataset.from_dict({"prompt": [e + "=" for e in expressions],
+                              "answer": [str(calculate(e)) for e in expressions]})
+
+
+def reward(response: str, example: dict) -> float:
+    """1.0 if the response ends in "#" and the right digit (its only "#": no second guess), else 0.0."""
+    final = re.fullmatch(r"[^#]*#(\d)", response)
+    return float(final is not None and final[1] == example["answer"])
+
+
+# --------------------------------------------------------------------------------------------------- demonstrations
+
+HASTY = 0.6   # share of demonstrations that swallow two or more operations a step wherever they can
+SLIP = 0.08   # share of steps that end in a wrong digit ...
+NOTICE = 0.5  # ... and the share of those that are noticed and redone
+
+
+def demonstration(expression: str, rng: random.Random, hasty: float = HASTY, slip: float = SLIP) -> str:
+    """One worked answer, as a fallible solver would write it. It may be wrong, but it never contradicts itself:
+    each step starts from the digit that the last one ended in, so the final digit follows from what is written."""
+    in_haste, redo, text, value, rest = rng.random() < hasty, False, "", expression[0], expression[1:]
+    while rest:
+        operations = len(rest) // 2
+        swallowed = rng.randint(2, operations) if in_haste and operations > 1 and not redo else 1
+        step, rest_after = value + rest[:2 * swallowed], rest[2 * swallowed:]
+        result, slipped = calculate(step), rng.random() < slip
+        if slipped:
+            result = (result + rng.randint(1, 9)) % 10
+        text += f"{step}={result}"
+        redo = slipped and rng.random() < NOTICE
+        if redo:
+            text += "!"
+        else:
+            value, rest = str(result), rest_after
+            text += ";" if rest else f"#{value}"
+    return text
+
+
+# ------------------------------------------------------------------------------- tiny models, pretrained and cached
+
+ALPHABET = "0123456789+-*=;#!"
+TINY = {  # name: the model's shape, then how it is pretrained; the mini-critic's base is an eighth of the actor
+    "actor": dict(width=96, layers=3, heads=4, steps=600, lr=3e-3),
+    "critic": dict(width=32, layers=3, heads=2, steps=900, lr=6e-3),
+}
+CACHE = Path(__file__).resolve().parent / "toy_models"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, saved and loaded like any other tokenizer."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", "<unk>", *ALPHABET])}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+
+
+def make_model(tokenizer, width: int, layers: int, heads: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=max(16, width // heads),
+        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int = 64) -> None:
+    """Next-token prediction on demonstrations of train problems. The first half shows only careful, faultless answers
+    (with bad habits from the start, so small a model does not learn to calculate), the second half all the habits."""
+    rng = random.Random(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 40, (steps - step) / (0.7 * steps)))
+    for step in tqdm(range(steps), desc=f"pretraining the toy {name} (once)"):
+        clean = step < steps // 2
+        habits, lengths = (dict(hasty=0.0, slip=0.0), dict(min_operations=1)) if clean else ({}, {})
+        expressions = expressions_of("train", batch_size, rng, **lengths)
+        prompts = [tokenizer(e + "=").input_ids for e in expressions]
+        answers = [tokenizer(demonstration(e, rng, **habits)).input_ids + [tokenizer.eos_token_id] for e in expressions]
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+        tokens = torch.full((batch_size, width), tokenizer.pad_token_id)
+        labels = torch.full((batch_size, width), -100)  # -100: no loss on prompts (random digits) and padding
+        for row, (p, a) in enumerate(zip(prompts, answers)):
+            tokens[row, :len(p) + len(a)] = torch.tensor(p + a)
+            labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
+        loss = model(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def models() -> tuple[str, str]:
+    """Directories of the pretrained toy actor and of the mini-critics' base, made on first use (about a minute) and
+    kept in toy_models/, under a name that changes with the recipe above."""
+    recipe = [inspect.getsource(f) for f in (random_expression, demonstration, make_tokenizer, make_model, pretrain)]
+    recipe = json.dumps([recipe, TINY, HASTY, SLIP, NOTICE, ALPHABET])
+    folder = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=CACHE, prefix="unfinished-"))
+        try:
+            tokenizer = make_tokenizer()
+            for name, recipe in TINY.items():
+                with torch.random.fork_rng():  # the caller's random state stays what it was, cached or not
+                    torch.manual_seed(0)
+                    shape = {k: recipe[k] for k in ("width", "layers", "heads")}
+                    model = make_model(tokenizer, **shape)
+                    pretrain(model, tokenizer, name, recipe["steps"], recipe["lr"])
+                model.save_pretrained(beside / name)
+                tokenizer.save_pretrained(beside / name)
+            try:
+                os.replace(beside, folder)  # moved into place whole: a stopped run leaves nothing half-made
+            except OSError:  # another run has just finished the same models
+                if not folder.exists():
+                    raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return str(folder / "actor"), str(folder / "critic")
