@@ -72,17 +72,17 @@ class Config:
                                    "task's own, or the actor's own checkpoint cut to --critic-layers)")
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
-    steps: int = option(60, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
+    steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of everything random in training; the same seed gives the same metrics")
     # Rollouts. A group must be divisible among the critics; 8 answers leave each of two critics 4 per prompt.
     prompts_per_step: int = option(32, "prompts in a batch")
     group_size: int = option(8, "G: answers sampled per prompt")
-    max_new_tokens: int = option(48, "length limit of an answer; the share that hits it is logged as truncated_share")
+    max_new_tokens: int = option(64, "length limit of an answer; the share that hits it is logged as truncated_share")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
     # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
-    lr: float = option(3e-4, "actor's learning rate (Adam); 1e-6 is usual for a pretrained model of billions")
+    lr: float = option(3e-5, "actor's learning rate (Adam); 1e-6 is usual for a pretrained model of billions")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
     # lambda 0.95 trusts the critics a little; the critics' own target is by default the plain Monte-Carlo return
@@ -97,8 +97,8 @@ class Config:
     critic_layers: int = option(0, "layers of a mini-critic cut from the actor's checkpoint (0: a quarter of them)")
     shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards (claim C3)")
     aggregate: str = option("mean", "how M values become one (min: guard against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(1e-3, "critics' learning rate (Adam)")
-    critic_epochs: int = option(4, "passes of each critic over its shard of a batch")
+    critic_lr: float = option(2e-3, "critics' learning rate (Adam)")
+    critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
     critic_warmup: int = option(4, "first iterations in which only the critics learn, so the actor never follows noise")
@@ -112,7 +112,7 @@ class Config:
     eval_every: int = option(10, "iterations between evaluations on held-out problems (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "at every evaluation, also estimate the true value of at least this many states")
-    micro_batch_tokens: int = option(8192, "tokens per forward pass; lower it when memory runs out, the gradient stays the same")
+    micro_batch_tokens: int = option(4096, "tokens per forward pass; lower it when memory runs out, the gradient stays the same")
     profile: bool = option(False, "no training: time the steps of asyppo, grpo and ppo and their floor, then stop")
 
 

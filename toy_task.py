@@ -46,7 +46,7 @@ def calculate(expression: str) -> int:
     return value
 
 
-def random_expression(rng: random.Random, min_operations: int = 2, max_operations: int = 5) -> str:
+def random_expression(rng: random.Random, min_operations: int = 3, max_operations: int = 6) -> str:
     expression = str(rng.randint(0, 9))
     for _ in range(rng.randint(min_operations, max_operations)):
         operation = rng.choice("+-*")
@@ -83,28 +83,22 @@ def reward(response: str, example: dict) -> float:
 
 # --------------------------------------------------------------------------------------------------- demonstrations
 
-HASTY = 0.6   # share of demonstrations that swallow two or more operations a step wherever they can
-SLIP = 0.08   # share of steps that end in a wrong digit ...
-NOTICE = 0.5  # ... and the share of those that are noticed and redone
+HASTY = 0.8  # share of solvers who swallow two or more operations a step, as long as there are two
+SEEN = 0.15  # share of their steps after which they see it ("!"), redo the step and are careful from there on
 
 
-def demonstration(expression: str, rng: random.Random, hasty: float = HASTY, slip: float = SLIP) -> str:
-    """One worked answer, as a fallible solver would write it. It may be wrong, but it never contradicts itself:
-    each step starts from the digit that the last one ended in, so the final digit follows from what is written."""
-    in_haste, redo, text, value, rest = rng.random() < hasty, False, "", expression[0], expression[1:]
+def demonstration(expression: str, rng: random.Random, hasty: float = HASTY) -> str:
+    """One worked answer, every step of it correct. Each step starts from the digit that the last one ended in."""
+    in_haste, text, value, rest = rng.random() < hasty, "", expression[0], expression[1:]
     while rest:
         operations = len(rest) // 2
-        swallowed = rng.randint(2, operations) if in_haste and operations > 1 and not redo else 1
-        step, rest_after = value + rest[:2 * swallowed], rest[2 * swallowed:]
-        result, slipped = calculate(step), rng.random() < slip
-        if slipped:
-            result = (result + rng.randint(1, 9)) % 10
-        text += f"{step}={result}"
-        redo = slipped and rng.random() < NOTICE
-        if redo:
-            text += "!"
+        swallowed = rng.randint(min(3, operations), operations) if in_haste else 1
+        step = value + rest[:2 * swallowed]
+        text += f"{step}={calculate(step)}"
+        if swallowed > 1 and rng.random() < SEEN:
+            text, in_haste = text + "!", False
         else:
-            value, rest = str(result), rest_after
+            value, rest = text[-1], rest[2 * swallowed:]
             text += ";" if rest else f"#{value}"
     return text
 
@@ -113,8 +107,8 @@ def demonstration(expression: str, rng: random.Random, hasty: float = HASTY, sli
 
 ALPHABET = "0123456789+-*=;#!"
 TINY = {  # name: the model's shape, then how it is pretrained; the mini-critic's base is an eighth of the actor
-    "actor": dict(width=96, layers=3, heads=4, steps=600, lr=3e-3),
-    "critic": dict(width=32, layers=3, heads=2, steps=900, lr=6e-3),
+    "actor": dict(width=96, layers=3, heads=4, steps=1000, lr=3e-3),
+    "critic": dict(width=40, layers=2, heads=2, steps=1200, lr=6e-3),
 }
 CACHE = Path(__file__).resolve().parent / "toy_models"
 
@@ -136,7 +130,7 @@ def make_model(tokenizer, width: int, layers: int, heads: int) -> Qwen3ForCausal
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
-def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int = 64) -> None:
+def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int = 32) -> None:
     """Next-token prediction on demonstrations of train problems. The first half shows only careful, faultless answers
     (with bad habits from the start, so small a model does not learn to calculate), the second half all the habits."""
     rng = random.Random(name)
@@ -145,7 +139,7 @@ def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int
         optimizer, lambda step: min(1.0, (step + 1) / 40, (steps - step) / (0.7 * steps)))
     for step in tqdm(range(steps), desc=f"pretraining the toy {name} (once)"):
         clean = step < steps // 2
-        habits, lengths = (dict(hasty=0.0, slip=0.0), dict(min_operations=1)) if clean else ({}, {})
+        habits, lengths = (dict(hasty=0.0), dict(min_operations=1)) if clean else ({}, {})
         expressions = expressions_of("train", batch_size, rng, **lengths)
         prompts = [tokenizer(e + "=").input_ids for e in expressions]
         answers = [tokenizer(demonstration(e, rng, **habits)).input_ids + [tokenizer.eos_token_id] for e in expressions]
@@ -167,7 +161,7 @@ def models() -> tuple[str, str]:
     """Directories of the pretrained toy actor and of the mini-critics' base, made on first use (about a minute) and
     kept in toy_models/, under a name that changes with the recipe above."""
     recipe = [inspect.getsource(f) for f in (random_expression, demonstration, make_tokenizer, make_model, pretrain)]
-    recipe = json.dumps([recipe, TINY, HASTY, SLIP, NOTICE, ALPHABET])
+    recipe = json.dumps([recipe, TINY, HASTY, SEEN, ALPHABET])
     folder = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
