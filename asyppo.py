@@ -97,7 +97,7 @@ class Config:
     critic_layers: int = option(0, "layers of a mini-critic cut from the actor's checkpoint (0: a quarter of them)")
     shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards (claim C3)")
     aggregate: str = option("mean", "how M values become one (min: guard against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(2e-3, "critics' learning rate (Adam)")
+    critic_lr: float = option(3e-3, "critics' learning rate (Adam)")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
@@ -218,7 +218,7 @@ def states_before(backbone, batch: Rollout) -> torch.Tensor:
     return hidden[:, batch.prompt_width - 1:-1]
 
 
-def score(model, batch: Rollout, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def score(model, batch: Rollout, temperature: float, chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
     The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
@@ -233,7 +233,7 @@ def score(model, batch: Rollout, temperature: float) -> tuple[torch.Tensor, torc
 
     valid = batch.mask.bool()
     hidden, token = states_before(model.base_model, batch)[valid], batch.tokens[:, batch.prompt_width:][valid]
-    chunk = max(1, 2**24 // head.weight.shape[0])
+    chunk = max(1, chunk_elements // head.weight.shape[0])
     parts = [checkpoint(head_chunk, h, o, use_reentrant=False, preserve_rng_state=False)
              for h, o in zip(hidden.split(chunk), token.split(chunk))]
     scattered = []
@@ -555,7 +555,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     # How well did the critics foretell this batch, before they see it? (Only a measurement.)
     values = critic_values(learner, batch)
     v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
-    _, outcome = gae(rewards, v_bar, mask, config.gamma, 1.0)  # the Monte-Carlo return
+    _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
     explained = explained_variance(v_bar, outcome, mask) if critics else None
     seconds_critic = clock.lap()
     foretold = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
@@ -806,7 +806,7 @@ def make_learner(config: Config, task) -> Learner:
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -914,7 +914,7 @@ def load_critic(folder: str | Path) -> MiniCritic:
 
 PANELS = {  # title: the metrics it shows
     "held-out accuracy, reward": ["eval_accuracy", "reward"],
-    "variance of the return explained by V_bar, before the update": ["explained_variance"],
+    "return's variance explained by V_bar, beforehand": ["explained_variance"],
     "disagreement of the critics (mean sigma)": ["sigma_mean"],
     "entropy (nats per token)": ["entropy"],
     "answer length (tokens)": ["response_length"],
@@ -963,14 +963,14 @@ class TokenStory:
         figure = Figure(figsize=(max(8, 0.36 * len(x)), 7), layout="constrained")
         top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 2])
         for m, values in enumerate(self.values, 1):
-            top.plot(x, values, "-", alpha=0.6, label=f"critic {m}")
-        top.plot(x, of["v_bar"], "ko-", markersize=3, label="V_bar")
+            top.plot(x, values.tolist(), "-", alpha=0.6, label=f"critic {m}")
+        top.plot(x, of["v_bar"].tolist(), "ko-", markersize=3, label="V_bar")
         top.axhline(self.score, color="gray", linestyle=":", label="reward")
         top.set_ylabel("value before the token")
         top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        middle.bar(x, of["sigma"], color="tab:purple")
+        middle.bar(x, of["sigma"].tolist(), color="tab:purple")
         middle.set_ylabel("sigma")
-        bottom.bar(x, of["advantages"], color=["tab:green" if keep else "lightgray" for keep in of["adv_keep"]])
+        bottom.bar(x, of["advantages"].tolist(), color=["tab:green" if keep else "lightgray" for keep in of["adv_keep"]])
         bottom.set_ylabel("advantage\n(gray: masked)")
         for t in x:
             if not of["ent_keep"][t]:

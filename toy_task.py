@@ -106,9 +106,9 @@ def demonstration(expression: str, rng: random.Random, hasty: float = HASTY) -> 
 # ------------------------------------------------------------------------------- tiny models, pretrained and cached
 
 ALPHABET = "0123456789+-*=;#!"
-TINY = {  # name: the model's shape, then how it is pretrained; the mini-critic's base is an eighth of the actor
+TINY = {  # name: the model's shape, then how it is pretrained; the mini-critics' base is a thirteenth of the actor
     "actor": dict(width=96, layers=3, heads=4, steps=1000, lr=3e-3),
-    "critic": dict(width=40, layers=2, heads=2, steps=1200, lr=6e-3),
+    "critic": dict(width=32, layers=2, heads=2, steps=1400, lr=6e-3),
 }
 CACHE = Path(__file__).resolve().parent / "toy_models"
 

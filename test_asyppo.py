@@ -1,0 +1,878 @@
+"""Tests of asyppo.py and toy_task.py, in the order of the files. Each formula is compared with plain loops in float64."""
+import inspect
+import json
+import math
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+
+import asyppo
+import toy_task
+
+HERE = Path(__file__).parent
+VOCABULARY = 20
+
+
+def random_model(kind: str = "qwen3", width: int = 16, seed: int = 0):
+    """A tiny random language model with logits that differ enough for its distributions to be far from uniform."""
+    common = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    config = {
+        "qwen3": lambda: Qwen3Config(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     num_key_value_heads=1, head_dim=8, max_position_embeddings=128, **common),
+        "llama": lambda: LlamaConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     num_key_value_heads=2, max_position_embeddings=128, **common),
+        "gpt2": lambda: GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=128, **common),  # learned positions
+    }[kind]()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=(1, 7), pad_id=1, seed=0):
+    """A batch from prompts of different lengths. The pad id is also an end id (pitfall 1) unless told otherwise."""
+    prompts = prompts or [[3, 4, 5], [6], [2, 9, 9, 8, 4], [3, 3]] * 3
+    return asyppo.generate(model, prompts, max_new_tokens, temperature, list(end_ids), pad_id,
+                           torch.Generator().manual_seed(seed))
+
+
+def ragged(B=6, T=9, seed=0, dtype=torch.float64):
+    """A mask of answers of different lengths, one of them full and one of a single token; and a generator."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths[0], lengths[1] = T, 1
+    return (torch.arange(T) < lengths[:, None]).to(dtype), generator
+
+
+def randn(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def with_nan_padding(x, mask):
+    return x.masked_fill(mask == 0, float("nan"))
+
+
+# ------------------------------------------------------------------------------------------------------- 2 Rollouts
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_sampled_is_what_is_scored(kind, temperature):
+    model = random_model(kind)
+    model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
+    batch = sampled(model, temperature=temperature)
+    logprobs, entropy = asyppo.score(model, batch, temperature)
+    assert torch.allclose(logprobs, batch.logprobs, atol=1e-4)
+    assert torch.allclose(entropy, batch.entropy, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+@torch.no_grad()
+def test_scores_equal_those_of_each_answer_alone_without_padding_or_cache(kind):
+    model, batch = random_model(kind), sampled(random_model(kind))
+    assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
+    logprobs, entropy = asyppo.score(model, batch, 1.0)
+    for row in range(len(batch.tokens)):
+        ids = batch.tokens[row][batch.attention[row].bool()]
+        length = int(batch.mask[row].sum())
+        logp = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        for t in range(length):
+            place = len(ids) - length + t
+            assert logprobs[row, t] == pytest.approx(float(logp[place - 1, ids[place]]), abs=1e-4)
+            assert entropy[row, t] == pytest.approx(float(-(logp[place - 1].exp() * logp[place - 1]).sum()), abs=1e-4)
+
+
+def test_masks_come_from_lengths_and_hold_the_end_token():
+    batch = sampled(random_model(), max_new_tokens=10)
+    answers = batch.tokens[:, batch.prompt_width:]
+    assert batch.truncated.any() and not batch.truncated.all()
+    seen = set()
+    for row in range(len(answers)):
+        length = int(batch.mask[row].sum())
+        assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
+        assert not set(answers[row, :length - 1].tolist()) & {1, 7}, "an answer goes on after an end token"
+        ended = int(answers[row, length - 1]) in (1, 7)
+        assert ended != bool(batch.truncated[row])
+        assert ended or length == 10
+        seen |= {int(answers[row, length - 1])} & {1, 7}
+    assert seen == {1, 7}, "both end ids should have ended an answer here"
+    assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
+
+
+@torch.no_grad()
+def test_sampling_frequencies_are_the_softmax():
+    model = random_model()
+    batch = sampled(model, prompts=[[3, 4, 5]] * 20000, max_new_tokens=1, temperature=1.5)
+    expected = (model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.5).softmax(-1)
+    counted = torch.bincount(batch.tokens[:, -1], minlength=VOCABULARY) / 20000
+    assert (counted - expected).abs().max() < 0.015
+    assert expected.sort().values[:-3].sum() > 0.02, "with a tail, so that top-k sampling would be seen"
+
+
+def test_log_probs_come_in_chunks_and_no_full_logits_exist():
+    model, shapes = random_model(), []
+    batch = sampled(model)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.numel()))
+    whole = asyppo.score(model, batch, 1.0)
+    (whole[0].sum() + whole[1].sum()).backward()
+    gradient = model.base_model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    shapes.clear()
+    parts = asyppo.score(model, batch, 1.0, chunk_elements=5 * VOCABULARY)
+    (parts[0].sum() + parts[1].sum()).backward()
+    assert max(shapes) <= 5 * VOCABULARY and len(shapes) > 4
+    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-6)
+    assert torch.allclose(gradient, model.base_model.embed_tokens.weight.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+def test_microbatches_hold_every_row_once_within_the_budget(budget):
+    batch = sampled(random_model())
+    groups = list(asyppo.microbatches(batch, budget))
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(batch.mask)))
+    for group in groups:
+        assert len(group) == 1 or batch.rows(group).tokens.numel() <= budget
+        assert torch.equal(batch.rows(group).mask.sum(1), batch.mask[group].sum(1)), "an answer was cut"
+
+
+# -------------------------------------------------------------------------------------------------- 3 Mini-critics
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+@torch.no_grad()
+def test_a_value_is_that_of_the_state_before_its_token(kind):
+    critic = asyppo.MiniCritic(random_model(kind).base_model, torch.Generator().manual_seed(0))
+    batch = sampled(random_model(kind), prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
+    before = critic(batch)
+    assert before.shape == batch.mask.shape
+    batch.tokens[:, batch.prompt_width + 2] = (batch.tokens[:, batch.prompt_width + 2] + 1) % VOCABULARY  # change o_2
+    changed = (critic(batch) - before).abs() > 1e-7
+    assert not changed[:, :3].any(), "V(s_2) must not know o_2"
+    assert changed[:, 3].all(), "V(s_3) must have read o_2"
+
+
+@torch.no_grad()
+def test_the_first_value_reads_the_whole_prompt_and_not_its_padding():
+    critic = asyppo.MiniCritic(random_model().base_model, torch.Generator().manual_seed(0))
+    alone = sampled(random_model(), prompts=[[3, 4]], end_ids=[99], max_new_tokens=2)
+    padded = sampled(random_model(), prompts=[[3, 4], [2, 2, 2, 2, 2]], end_ids=[99], max_new_tokens=2)
+    assert float(critic(alone)[0, 0]) == pytest.approx(float(critic(padded)[0, 0]), abs=1e-5)
+    other = sampled(random_model(), prompts=[[3, 5]], end_ids=[99], max_new_tokens=2)
+    assert abs(float(critic(alone)[0, 0]) - float(critic(other)[0, 0])) > 1e-6
+
+
+@pytest.mark.parametrize("prompts, group, critics", [(5, 8, 2), (7, 5, 2), (6, 7, 3), (4, 3, 3), (3, 4, 1)])
+def test_shards_are_disjoint_even_and_see_every_prompt(prompts, group, critics):
+    owner = asyppo.assign_shards(prompts, group, critics, torch.Generator().manual_seed(1))
+    assert owner.shape == (prompts * group,) and owner.dtype == torch.long
+    counts = torch.stack([torch.bincount(row, minlength=critics) for row in owner.view(prompts, group)])
+    assert counts.min() >= group // critics and counts.max() <= -(-group // critics)
+    totals = counts.sum(0)
+    assert totals.max() - totals.min() <= 1, "the odd answers should go round"
+
+
+def test_shards_are_random_and_follow_the_generator():
+    draws = [asyppo.assign_shards(8, 8, 2, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    rows = torch.tensor(draws[0]).view(8, 8)
+    assert len(rows.unique(dim=0)) > 4, "every prompt is dealt out anew"
+    with pytest.raises(ValueError, match="3 answers per prompt cannot be divided among 4 critics"):
+        asyppo.assign_shards(2, 3, 4)
+
+
+# ---------------------------------------------------------------------------------------------------- 4 Advantages
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0), (1.0, 0.0), (0.0, 0.5)])
+def test_gae_is_the_double_sum(gamma, lam):
+    mask, generator = ragged()
+    rewards, values = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
+    advantages, returns = asyppo.gae(with_nan_padding(rewards, mask), with_nan_padding(values, mask), mask, gamma, lam)
+    for b in range(6):
+        length = int(mask[b].sum())
+        for t in range(9):
+            expected = 0.0
+            for step in range(t, length):
+                following = float(values[b, step + 1]) if step + 1 < length else 0.0
+                delta = float(rewards[b, step]) + gamma * following - float(values[b, step])
+                expected += (gamma * lam) ** (step - t) * delta
+            assert float(advantages[b, t]) == pytest.approx(expected, abs=1e-12)
+            assert float(returns[b, t]) == pytest.approx(expected + float(values[b, t]) if t < length else 0.0, abs=1e-12)
+
+
+def test_gae_passes_over_holes_and_left_padding():
+    _, generator = ragged()
+    rewards, values = randn(1, 4, generator=generator), randn(1, 4, generator=generator)
+    dense, _ = asyppo.gae(rewards, values, torch.ones(1, 4), 0.9, 0.7)
+    mask = torch.tensor([[0.0, 1, 0, 1, 1, 0, 1, 0]])
+    where = mask.bool()
+    spread = [torch.full((1, 8), float("nan"), dtype=torch.float64).masked_scatter(where, x) for x in (rewards, values)]
+    holed, _ = asyppo.gae(*spread, mask, 0.9, 0.7)
+    assert torch.allclose(holed[where], dense[0]) and (holed[~where] == 0).all()
+
+
+def test_whiten():
+    mask, generator = ragged()
+    x = 5 + 3 * randn(6, 9, generator=generator)
+    white = asyppo.whiten(with_nan_padding(x, mask), mask)
+    valid = [float(x[b, t]) for b in range(6) for t in range(9) if mask[b, t]]
+    mean = sum(valid) / len(valid)
+    std = math.sqrt(sum((v - mean) ** 2 for v in valid) / len(valid))
+    assert white[mask.bool()].tolist() == pytest.approx([(v - mean) / std for v in valid], abs=1e-6)
+    assert (white[mask == 0] == 0).all()
+    one = torch.tensor([[1.0, 0.0]])
+    assert asyppo.whiten(torch.tensor([[7.0, float("nan")]]), one).tolist() == [[0, 0]], "one token, no NaN"
+    assert asyppo.whiten(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [[0, 0]], "no token, no NaN"
+
+
+def test_group_advantages():
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.float64)
+    found = asyppo.group_advantages(rewards, 4)
+    std = math.sqrt(0.25 * 0.75)
+    assert found.tolist() == pytest.approx([0.75 / std] + [-0.25 / std] * 3 + [0.0] * 8, abs=1e-5)
+    assert asyppo.group_advantages(torch.tensor([1.0, 0.0]), 1).tolist() == [0, 0], "groups of one, no NaN"
+
+
+# -------------------------------------------------------------------------------------------------- 5 Disagreement
+
+
+def test_disagreement_is_the_population_std():
+    _, generator = ragged()
+    values = randn(3, 2, 4, generator=generator)
+    sigma = asyppo.disagreement(values)
+    for b in range(2):
+        for t in range(4):
+            v = values[:, b, t].tolist()
+            assert float(sigma[b, t]) == pytest.approx(math.sqrt(sum((x - sum(v) / 3) ** 2 for x in v) / 3))
+    assert (asyppo.disagreement(values[:1]) == 0).all(), "one critic: 0, not NaN"
+    assert torch.allclose(asyppo.disagreement(values[:2]), (values[0] - values[1]).abs() / 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("function, highest", [(asyppo.advantage_mask, False), (asyppo.entropy_filter, True)])
+def test_masks_take_exactly_their_share_from_the_right_end(function, highest, share):
+    mask, generator = ragged()
+    sigma = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    padded = sigma.masked_fill(mask == 0, 9.0 if highest else -9.0)  # padding must not be counted among the extremes
+    keep = function(padded, mask, share)
+    places = sorted(((float(sigma[b, t]), b, t) for b in range(6) for t in range(9) if mask[b, t]), reverse=highest)
+    dropped = {(b, t) for _, b, t in places[:math.floor(share * len(places))]}
+    for b in range(6):
+        for t in range(9):
+            assert float(keep[b, t]) == float(mask[b, t] == 1 and (b, t) not in dropped)
+    assert torch.equal(function(with_nan_padding(sigma, mask), mask, share), keep), "padding may hold anything"
+
+
+@pytest.mark.parametrize("function", [asyppo.advantage_mask, asyppo.entropy_filter])
+def test_masks_with_ties_without_spread_and_without_tokens(function):
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
+    assert torch.equal(function(torch.zeros(2, 4), mask, 0.5), mask), "no spread says nothing: keep all"
+    extreme = 2.0 if function is asyppo.entropy_filter else 0.0
+    sigma = torch.tensor([[1.0, extreme, extreme, extreme], [1.0, 1.0, 5.0, -5.0]])
+    assert function(sigma, mask, 0.4).tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]], "of equals the first ones"
+    assert function(sigma, torch.zeros(2, 4), 0.4).sum() == 0
+
+
+# -------------------------------------------------------------------------------------------------------- 6 Losses
+
+
+def loss_inputs(seed=0):
+    mask, generator = ragged(seed=seed)
+    logprobs, old = -randn(6, 9, generator=generator).abs(), -randn(6, 9, generator=generator).abs()
+    keep = [(torch.rand(6, 9, generator=generator) < 0.7).double() * mask for _ in range(2)]
+    return dict(logprobs=logprobs, old_logprobs=old, advantages=randn(6, 9, generator=generator),
+                entropy=randn(6, 9, generator=generator).abs(), mask=mask, adv_keep=keep[0], ent_keep=keep[1],
+                clip=0.2, beta=0.3)
+
+
+def loss_by_hand(i):
+    """The paper's objective written out, answer by answer, token by token."""
+    total = 0.0
+    for b in range(len(i["mask"])):
+        length, answer = int(i["mask"][b].sum()), 0.0
+        for t in range(length):
+            ratio, advantage = torch.exp(i["logprobs"][b, t] - i["old_logprobs"][b, t]), float(i["advantages"][b, t])
+            clipped = min(max(float(ratio), 1 - i["clip"]), 1 + i["clip"])
+            surrogate = ratio * advantage if float(ratio) * advantage <= clipped * advantage else clipped * advantage
+            answer = answer + i["adv_keep"][b, t] * surrogate + i["beta"] * i["ent_keep"][b, t] * i["entropy"][b, t]
+        total = total + (answer / length if length else 0.0)
+    return -total / len(i["mask"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_loss_and_its_gradient_are_the_papers(seed):
+    inputs = loss_inputs(seed)
+    gradients = []
+    for function in (lambda i: asyppo.policy_loss(**i)[0], loss_by_hand):
+        i = {**inputs, "logprobs": inputs["logprobs"].clone().requires_grad_(),
+             "entropy": inputs["entropy"].clone().requires_grad_()}
+        loss = function(i)
+        loss.backward()
+        gradients.append((float(loss.detach()), i["logprobs"].grad, i["entropy"].grad))
+    (ours, *our_gradients), (expected, *expected_gradients) = gradients
+    assert ours == pytest.approx(expected, abs=1e-12)
+    for found, wanted in zip(our_gradients, expected_gradients):
+        assert torch.allclose(found, wanted, atol=1e-12)
+        assert found.abs().sum() > 0
+    assert (our_gradients[0][inputs["mask"] == 0] == 0).all()
+
+
+def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
+    inputs = loss_inputs()
+    clean = asyppo.policy_loss(**inputs)[0]
+    for junk in (float("nan"), float("inf"), -float("inf"), 1e30):
+        dirty = {k: v.masked_fill(inputs["mask"] == 0, junk) if k in ("logprobs", "old_logprobs", "advantages", "entropy")
+                 else v for k, v in inputs.items()}
+        leaves = [dirty[k].requires_grad_() for k in ("logprobs", "entropy")]
+        loss, stats = asyppo.policy_loss(**dirty)
+        loss.backward()
+        assert float(loss) == pytest.approx(float(clean)) and all(leaf.grad.isfinite().all() for leaf in leaves)
+        assert all(math.isfinite(float(v)) for v in stats.values())
+    empty = {k: torch.cat([v, torch.zeros(1, 9)]) if torch.is_tensor(v) else v for k, v in inputs.items()}
+    assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
+
+
+def test_only_the_policy_gets_a_gradient():
+    inputs = loss_inputs()
+    for key in ("logprobs", "old_logprobs", "advantages", "entropy"):
+        inputs[key] = inputs[key].clone().requires_grad_()
+    asyppo.policy_loss(**inputs)[0].backward()
+    assert inputs["logprobs"].grad is not None and inputs["entropy"].grad is not None
+    assert inputs["old_logprobs"].grad is None and inputs["advantages"].grad is None
+    values, returns, mask = torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True), torch.ones(1, 2)
+    asyppo.critic_loss(values, returns, mask).backward()
+    assert values.grad is not None and returns.grad is None
+
+
+def test_statistics_of_the_policy_loss():
+    inputs = loss_inputs()
+    first = {**inputs, "old_logprobs": inputs["logprobs"]}
+    assert {k: float(v) for k, v in asyppo.policy_loss(**first)[1].items()} == dict(ratio_error=0, clip_fraction=0, kl=0)
+    stats = asyppo.policy_loss(**inputs)[1]
+    log_ratio = [(float(a - b)) for a, b, m in zip(inputs["logprobs"].flatten(), inputs["old_logprobs"].flatten(),
+                                                   inputs["mask"].flatten()) if m]
+    changes = [abs(math.exp(x) - 1) for x in log_ratio]
+    assert float(stats["ratio_error"]) == pytest.approx(max(changes))
+    assert float(stats["clip_fraction"]) == pytest.approx(sum(c > 0.2 for c in changes) / len(changes))
+    assert float(stats["kl"]) == pytest.approx(sum(math.exp(x) - 1 - x for x in log_ratio) / len(log_ratio))
+
+
+def test_critic_loss_and_explained_variance():
+    mask, generator = ragged()
+    values, returns = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
+    valid = [(float(values[b, t]), float(returns[b, t])) for b in range(6) for t in range(9) if mask[b, t]]
+    expected = sum((v - r) ** 2 for v, r in valid) / len(valid)
+    assert float(asyppo.critic_loss(with_nan_padding(values, mask), with_nan_padding(returns, mask), mask)) == \
+        pytest.approx(expected)
+    assert float(asyppo.critic_loss(values, returns, torch.zeros(6, 9))) == 0
+
+    def variance(x):
+        return sum((a - sum(x) / len(x)) ** 2 for a in x) / len(x)
+
+    assert asyppo.explained_variance(values, returns, mask) == \
+        pytest.approx(1 - variance([r - v for v, r in valid]) / variance([r for _, r in valid]))
+    assert asyppo.explained_variance(returns, returns, mask) == 1
+    assert math.isnan(asyppo.explained_variance(values, torch.ones(6, 9), mask))
+
+
+@pytest.mark.parametrize("name, call", [
+    ("assign_shards", "assign_shards(2, 4, 2)"),
+    ("gae", "gae(x, x, m, 1.0, 0.95)"),
+    ("whiten", "whiten(x, m)"),
+    ("group_advantages", "group_advantages(torch.ones(4), 2)"),
+    ("disagreement", "disagreement(torch.stack([x, x]))"),
+    ("advantage_mask", "advantage_mask(x, m, 0.2)"),
+    ("entropy_filter", "entropy_filter(x, m, 0.2)"),
+    ("policy_loss", "policy_loss(x, x, x, x, m, m, m, 0.2, 0.01)"),
+    ("critic_loss", "critic_loss(x, x, m)"),
+    ("explained_variance", "explained_variance(x, x, m)"),
+])
+def test_pasted_alone_each_function_needs_nothing_but_torch(name, call):
+    namespace = {"torch": torch}
+    exec(inspect.getsource(getattr(asyppo, name)), namespace)
+    exec("x, m = torch.randn(2, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0]])", namespace)
+    eval(call, namespace)
+
+
+# ------------------------------------------------------------------------------------------------------ 7 Training
+
+
+class FirstTokenTask:
+    """Right if the answer's first character is an even digit: a task whose true values are known after one token."""
+
+    @staticmethod
+    def problems(split, seed):
+        return toy_task.problems(split, seed)
+
+    @staticmethod
+    def reward(response, example):
+        return float(response[:1] in {"0", "2", "4", "6", "8"})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Directories of a tiny random actor and a tinier critic base with the toy's tokenizer: no pretraining needed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = toy_task.make_tokenizer()
+    for name, width in (("actor", 32), ("critic", 16)):
+        torch.manual_seed(0)
+        toy_task.make_model(tokenizer, width=width, layers=2, heads=2).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+SMALL = dict(prompts_per_step=4, group_size=4, max_new_tokens=10, eval_problems=8, critic_batch=4)
+
+
+def learner_of(tiny, task=FirstTokenTask, **changes):
+    config = asyppo.Config(**{**dict(model=str(tiny / "actor"), critic_model=str(tiny / "critic"), critic_warmup=0,
+                                     lr=1e-3, **SMALL), **changes})
+    return asyppo.make_learner(config, task)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def without_times(metrics):
+    return {k: v for k, v in metrics.items() if "second" not in k}
+
+
+def test_each_critic_learns_from_its_own_shard_before_the_batch_is_valued(tiny, monkeypatch):
+    learner, shards, calls = learner_of(tiny), {}, []
+    real_update, real_gae, real_actor = asyppo.update_critic, asyppo.gae, asyppo.update_actor
+
+    def update_critic(learner, m, batch, returns, shard, generator):
+        shards[m] = set(shard.tolist())
+        calls.append(f"critic {m}")
+        others = [weights(c) for c in learner.critics]
+        real_update(learner, m, batch, returns, shard, generator)
+        assert [torch.equal(weights(c), w) for c, w in zip(learner.critics, others)] == [i != m for i in range(2)]
+
+    monkeypatch.setattr(asyppo, "update_critic", update_critic)
+    monkeypatch.setattr(asyppo, "gae", lambda *a: calls.append(("gae", *a)) or real_gae(*a))
+    monkeypatch.setattr(asyppo, "update_actor", lambda *a: calls.append("actor") or real_actor(*a))
+    _, view = asyppo.train_step(learner, 1)
+    assert [c if isinstance(c, str) else "gae" for c in calls] == ["gae", "gae", "critic 0", "critic 1", "gae", "actor"]
+    assert shards[0] & shards[1] == set() and shards[0] | shards[1] == set(range(16))
+    assert all(len({row for row in shards[m] if row // 4 == p}) == 2 for m in (0, 1) for p in range(4))
+    with torch.no_grad():  # what A_bar was made of are the values of the critics as they are *after* their update
+        now = torch.stack([critic(view["batch"]) * view["batch"].mask for critic in learner.critics])
+    assert torch.allclose(view["values"], now, atol=1e-5)
+    _, rewards, values, mask, gamma, lam = [c for c in calls if not isinstance(c, str)][-1]
+    assert torch.allclose(values, now.mean(0), atol=1e-5) and (gamma, lam) == (1.0, 0.95)
+    for row in range(16):  # the reward sits on the last real token
+        expected = torch.zeros(mask.shape[1])
+        expected[int(mask[row].sum()) - 1] = view["scores"][row]
+        assert torch.equal(rewards[row], expected)
+    assert torch.allclose(view["sigma"], now.std(0, unbiased=False), atol=1e-5)
+
+
+def test_shared_data_and_minimum(tiny, monkeypatch):
+    seen = []
+    real = asyppo.update_critic
+    monkeypatch.setattr(asyppo, "update_critic", lambda *a: seen.append(len(a[4])) or real(*a))
+    learner = learner_of(tiny, shared_data=True, aggregate="min")
+    _, view = asyppo.train_step(learner, 1)
+    assert seen == [16, 16]
+    assert torch.equal(view["v_bar"], torch.minimum(view["values"][0], view["values"][1]))
+
+
+def test_critics_target_is_the_monte_carlo_return_unless_asked_otherwise(tiny, monkeypatch):
+    targets = []
+    real = asyppo.update_critic
+    monkeypatch.setattr(asyppo, "update_critic", lambda *a: targets.append((a[2], a[3])) or real(*a))
+    _, view = asyppo.train_step(learner_of(tiny), 1)
+    batch, returns = targets[0]
+    assert torch.allclose(returns, view["scores"][:, None] * batch.mask, atol=1e-5)
+    _, view = asyppo.train_step(learner_of(tiny, critic_lam=0.5), 1)
+    assert not torch.allclose(targets[-1][1], view["scores"][:, None] * batch.mask, atol=1e-3)
+
+
+def test_warm_up_trains_critics_alone(tiny):
+    learner = learner_of(tiny, critic_warmup=1)
+    before = weights(learner.actor), weights(learner.critics[0])
+    metrics, _ = asyppo.train_step(learner, 1)
+    assert torch.equal(weights(learner.actor), before[0]) and not torch.equal(weights(learner.critics[0]), before[1])
+    assert metrics["kl"] is None
+    metrics, _ = asyppo.train_step(learner, 2)
+    assert not torch.equal(weights(learner.actor), before[0]) and metrics["kl"] > 0
+
+
+def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
+    for changes in (dict(temperature=0.8), dict(utd=1)):
+        metrics, _ = asyppo.train_step(learner_of(tiny, **changes), 1)
+        assert metrics["first_ratio_error"] < 1e-4
+    assert metrics["kl"] < 1e-9, "with utd 1 there is only the first pass"
+    metrics, _ = asyppo.train_step(learner_of(tiny, lr=1e-2), 1)
+    assert metrics["first_ratio_error"] < 1e-4 and metrics["kl"] > 1e-6 and metrics["clip_fraction"] > 0
+
+
+def test_microbatches_do_not_change_the_gradient(tiny, monkeypatch):
+    found = []
+    for budget in (10**6, 60):
+        learner = learner_of(tiny, micro_batch_tokens=budget, utd=1, critic_epochs=1, entropy_coef=0.1)
+        for model, optimizer in [(learner.actor, learner.actor_optimizer),
+                                 *zip(learner.critics, learner.critic_optimizers)]:
+            monkeypatch.setattr(optimizer, "step", lambda: None)  # keep the gradients to look at; nothing moves
+        asyppo.train_step(learner, 1)
+        found.append([torch.cat([p.grad.flatten() for p in model.parameters()])
+                      for model in (learner.actor, *learner.critics)])
+    for whole, parts in zip(*found):
+        assert whole.abs().max() > 1e-4 and torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_masks_reach_the_loss(tiny, monkeypatch):
+    learner, seen = learner_of(tiny, mask_k=0.3, filter_h=0.4, filter_by="entropy", entropy_coef=0.5), []
+    real = asyppo.policy_loss
+    monkeypatch.setattr(asyppo, "policy_loss", lambda *a: seen.append(a) or real(*a))
+    metrics, view = asyppo.train_step(learner, 1)
+    tokens = int(view["batch"].mask.sum())
+    assert metrics["masked_share"] == pytest.approx(int(0.3 * tokens) / tokens, abs=1e-6)
+    assert metrics["filtered_share"] == pytest.approx(int(0.4 * tokens) / tokens, abs=1e-6)
+    assert torch.equal(view["adv_keep"], asyppo.advantage_mask(view["sigma"], view["batch"].mask, 0.3))
+    assert torch.equal(view["ent_keep"], asyppo.entropy_filter(view["batch"].entropy, view["batch"].mask, 0.4))
+    for place, name in ((5, "adv_keep"), (6, "ent_keep"), (2, "advantages")):
+        first_pass = seen[:len(seen) // learner.config.utd]
+        assert sum(float(call[place].sum()) for call in first_pass) == pytest.approx(float(view[name].sum()), abs=1e-3)
+    assert {call[7:] for call in seen} == {(0.2, 0.5)}
+
+
+def test_grpo_gives_every_token_its_answers_group_advantage(tiny):
+    learner = learner_of(tiny, critics=0)
+    metrics, view = asyppo.train_step(learner, 1)
+    expected = asyppo.group_advantages(view["scores"], 4)
+    mask = view["batch"].mask
+    assert torch.allclose(view["advantages"], expected[:, None] * mask)
+    assert torch.equal(view["adv_keep"], mask) and metrics["sigma_mean"] == 0 and metrics["explained_variance"] is None
+
+
+class ConstantTask(FirstTokenTask):
+    def __init__(self, value):
+        self.value = value
+
+    def reward(self, response, example):
+        return self.value
+
+
+@pytest.mark.parametrize("algo", ["asyppo", "grpo"])
+@pytest.mark.parametrize("case", ["all right", "all wrong", "all empty", "all cut off"])
+def test_batches_without_contrast_train_on_without_nan(tiny, algo, case):
+    learner = learner_of(tiny, ConstantTask(float(case == "all right")), **asyppo.PRESETS[algo])
+    if case == "all empty":
+        learner.end_ids = list(range(VOCABULARY))  # every answer ends with its first token
+    if case == "all cut off":
+        learner.end_ids = [-1]
+    for step in (1, 2):
+        metrics, _ = asyppo.train_step(learner, step)
+    if case in ("all empty", "all cut off"):
+        assert metrics["truncated_share"] == float(case == "all cut off")
+        assert metrics["response_length"] == {"all empty": 1, "all cut off": 10}[case]
+    else:
+        assert metrics["reward"] == float(case == "all right")
+    assert all(weights(model).isfinite().all() for model in (learner.actor, *learner.critics))
+
+
+def test_a_step_repeats_itself_exactly(tiny):
+    runs = []
+    for seed in (0, 0, 1):
+        learner = learner_of(tiny, seed=seed)
+        runs.append(([without_times(asyppo.train_step(learner, step)[0]) for step in (1, 2)], weights(learner.actor)))
+    assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_dropout_is_off_weights_are_float32_and_mini_critics_can_be_cut_from_the_actor(tmp_path):
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=8, n_head=2, n_positions=128, resid_pdrop=0.5,
+                        attn_pdrop=0.5, embd_pdrop=0.5, eos_token_id=1, bos_token_id=None)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    toy_task.make_tokenizer().save_pretrained(tmp_path)
+    learner = asyppo.make_learner(asyppo.Config(model=str(tmp_path), critic_warmup=0, **SMALL), FirstTokenTask)
+    assert learner.actor.dtype == torch.float32 and learner.actor.training
+    assert all(m.p == 0 for m in learner.actor.modules() if isinstance(m, torch.nn.Dropout))
+    assert [len(critic.backbone.h) for critic in learner.critics] == [2, 2]
+    assert torch.equal(learner.critics[0].backbone.wte.weight, learner.actor.transformer.wte.weight), "pretrained"
+    assert not torch.equal(learner.critics[0].head.weight, learner.critics[1].head.weight)
+    assert asyppo.train_step(learner, 1)[0]["first_ratio_error"] < 1e-4
+
+
+def test_float32_master_weights_keep_small_updates():
+    update = torch.tensor(0.02, dtype=torch.bfloat16) - 1e-5
+    assert float(update) == float(torch.tensor(0.02, dtype=torch.bfloat16)), "why load_pretrained insists on float32"
+
+
+# ---------------------------------------------------------------------------------------------------- 8 Evaluation
+
+
+def test_evaluation_is_the_mean_reward_on_held_out_problems_and_repeats_itself(tiny, monkeypatch):
+    learner, asked = learner_of(tiny, eval_problems=20), []
+    monkeypatch.setattr(learner.task, "reward", staticmethod(lambda r, e: asked.append(e["prompt"]) or 0.25))
+    before = learner.actor.training
+    assert asyppo.evaluate(learner) == 0.25
+    assert asked == learner.test_problems["prompt"][:20] and learner.actor.training == before
+
+
+def test_true_values_of_a_process_that_is_known(tiny):
+    learner = learner_of(tiny, prompts_per_step=64, group_size=8)
+    examples = [learner.train_problems[i] for i in range(64) for _ in range(8)]
+    batch, scores = asyppo.answer(learner, examples, asyppo.generators(learner, 1)[0])
+    known = scores[:, None].expand_as(batch.mask).clone()  # after the first token all is decided ...
+    known[:, 0] = scores.mean()  # ... and before it the chance is (nearly) the same for every prompt
+    found = asyppo.true_values(learner, batch, known, examples, 400)
+    assert found["true_explained"] > 0.7 and found["value_error"] < 0.1
+    assert found["critic_explained"] == pytest.approx(found["true_explained"], abs=0.05)
+    blind = asyppo.true_values(learner, batch, torch.full_like(known, float(scores.mean())), examples, 400)
+    assert abs(blind["critic_explained"]) < 0.05 and blind["value_error"] > 0.2
+
+
+# ------------------------------------------------------------------------------------------- 9 Runs and bad input
+
+
+def arguments(tiny, out, *more):
+    flags = dict(model=tiny / "actor", critic_model=tiny / "critic", steps=3, critic_warmup=1, eval_every=2, out=out, **SMALL)
+    return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + list(more)
+
+
+METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_ratio_error
+explained_variance sigma_mean masked_share filtered_share seconds_rollout seconds_critic seconds_actor
+generated_tokens_per_second""".split()
+
+
+@pytest.mark.parametrize("algo, critics", [("asyppo", 2), ("ppo", 1), ("naive", 1), ("grpo", 0)])
+def test_a_run_of_each_algorithm_and_what_it_leaves_behind(tiny, tmp_path, capsys, algo, critics):
+    out = tmp_path / "run"
+    assert asyppo.main(arguments(tiny, out, "--algo", algo)) == 0
+    assert json.loads((out / "config.json").read_text())["algo"] == algo
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(set(METRICS) <= set(row) for row in rows)
+    assert [row["eval_accuracy"] is None for row in rows] == [False, True, False, False]
+    assert (rows[3]["explained_variance"] is None) == (critics == 0 or rows[3]["reward"] in (0, 1))
+    for picture in ("curves.png", "tokens.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    actor = AutoModelForCausalLM.from_pretrained(out / "actor")
+    assert AutoTokenizer.from_pretrained(out / "actor")("1+2=").input_ids
+    folders = sorted(folder.name for folder in out.glob("critic_*"))
+    assert folders == [f"critic_{m}" for m in range(1, critics + 1)]
+    for folder in folders:
+        AutoModel.from_pretrained(out / folder)
+        critic = asyppo.load_critic(out / folder)
+        assert critic(sampled(actor, prompts=[[3, 4]])).isfinite().all()
+        width = {"ppo": 32}.get(algo, 16)
+        assert critic.backbone.config.hidden_size == width and critic.head.weight.abs().sum() > 0
+    assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt")), "safetensors only"
+    told = capsys.readouterr().out
+    assert "held-out accuracy" in told and "V_bar" in told
+    assert asyppo.main(arguments(tiny, out)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["algo"] == algo, "nothing was lost"
+
+
+def test_saved_weights_are_the_trained_ones(tiny, tmp_path, monkeypatch):
+    kept = {}
+    real = asyppo.save
+    monkeypatch.setattr(asyppo, "save", lambda learner, out: kept.update(learner=learner) or real(learner, out))
+    assert asyppo.main(arguments(tiny, tmp_path / "run")) == 0
+    learner = kept["learner"]
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor")), weights(learner.actor))
+    assert not torch.equal(weights(AutoModelForCausalLM.from_pretrained(tiny / "actor")), weights(learner.actor))
+    for m in (1, 2):
+        assert torch.equal(weights(asyppo.load_critic(tmp_path / f"run/critic_{m}")), weights(learner.critics[m - 1]))
+
+
+def test_the_same_seed_twice_gives_the_same_metrics(tiny, tmp_path):
+    rows = []
+    for name in "ab":
+        assert asyppo.main(arguments(tiny, tmp_path / name)) == 0
+        rows.append([without_times(json.loads(line)) for line in (tmp_path / name / "metrics.jsonl").open()])
+    assert rows[0] == rows[1]
+
+
+def test_profile_prints_phases_floor_and_ratios(tiny, capsys, tmp_path):
+    assert asyppo.main(arguments(tiny, tmp_path / "run", "--profile")) == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("rollout", "floor", "asyppo", "grpo", "ppo", "step of asyppo / step of ppo"))
+    assert not (tmp_path / "run").exists()
+
+
+TASK_HEAD = "from datasets import Dataset\n"
+GOOD_PROBLEMS = "def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1+1='] * 8})\n"
+GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--algo", "sarsa"], "invalid choice: 'sarsa'"),
+    (["--stepz", "3"], "--stepz"),
+    (["--steps", "many"], "invalid int value"),
+    (["--mask-k", "1.0"], "--mask-k must be in [0, 1)"),
+    (["--filter-h", "-0.1"], "--filter-h must be in [0, 1)"),
+    (["--group-size", "1"], "--group-size 1 is less than --critics 2"),
+    (["--prompts-per-step", "0"], "--prompts-per-step must be at least 1"),
+    (["--max-new-tokens", "-5"], "--max-new-tokens must be at least 1"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--temperature", "0"], "--temperature must be a finite number above 0"),
+    (["--lam", "1.5"], "--lam must be in [0, 1]"),
+    (["--gamma", "nan"], "--gamma must be in [0, 1]"),
+    (["--lr", "inf"], "--lr must be a finite number above 0"),
+    (["--model", "no/such-model"], "--model no/such-model: no model could be loaded"),
+    (["--model", "./no_such_directory"], "--model ./no_such_directory: no model could be loaded"),
+    (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: no model could be loaded"),
+    (["--task", "no_such_task.py"], "--task no_such_task.py: no such file"),
+    (["--max-new-tokens", "300"], "more than the model's context of 256"),
+    (["--prompts-per-step", "5000"], "has 4096 rows, but 5000 are needed"),
+    ("this is no python", "importing it failed: SyntaxError"),
+    ("raise RuntimeError('boom')", "importing it failed: RuntimeError: boom"),
+    (GOOD_REWARD, "no function problems()"),
+    (GOOD_PROBLEMS, "no function reward()"),
+    ("def problems(split, seed):\n    return ['1+1=']\n" + GOOD_REWARD, "must return a datasets.Dataset, not list"),
+    ("def problems(split, seed):\n    return Dataset.from_dict({'question': ['1']})\n" + GOOD_REWARD,
+     "no column 'prompt'; its columns are ['question']"),
+    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1+1=', '']* 4})\n" + GOOD_REWARD,
+     "the prompt of row 1 must be a non-empty string"),
+    ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "problems('train') failed: OSError: no disk"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n", "returned nan for problem '1+1='"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() failed on problem '1+1='"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "ZeroDivisionError"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, said):
+    if isinstance(more, str):
+        (tmp_path / "task.py").write_text(TASK_HEAD + more)
+        more = ["--task", str(tmp_path / "task.py")]
+    assert asyppo.main(arguments(tiny, tmp_path / "run", *more)) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.startswith("asyppo: ") and line.count("\n") == 1
+
+
+def test_bad_input_from_the_shell_without_a_hub_has_no_traceback(tiny, tmp_path):
+    done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "run"], cwd=tmp_path,
+                          capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.startswith("asyppo: --model Qwen3-0.6B: ") and done.stderr.count("\n") == 1
+
+
+def test_unusable_out_directory(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert asyppo.main(arguments(tiny, tmp_path / "file" / "run")) == 2
+    assert "cannot write there" in capsys.readouterr().err
+
+
+def test_presets_are_nothing_but_defaults():
+    for algo, preset in asyppo.PRESETS.items():
+        config = asyppo.parse(["--algo", algo])
+        assert all(getattr(config, key) == value for key, value in preset.items())
+        assert config.out == f"runs/{algo}-0"
+    config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
+    assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+
+
+# -------------------------------------------------------------------------------------------------- The toy task
+
+
+def test_problems_are_right_disjoint_and_reproducible():
+    train, test = [toy_task.problems(split, seed) for split, seed in (("train", 0), ("test", 0))]
+    assert train["prompt"] == toy_task.problems("train", 0)["prompt"] != toy_task.problems("train", 1)["prompt"]
+    other = set(toy_task.problems("test", 1)["prompt"]) | set(test["prompt"])
+    assert not other & (set(train["prompt"]) | set(toy_task.problems("train", 1)["prompt"]))
+    for example in list(train)[:300]:
+        text, value = example["prompt"], None
+        for operation, digit in re.findall(r"([-+*]?)(\d)", text):  # an independent calculator
+            value = int(digit) if value is None else eval(f"({value}){operation}{digit}")
+        assert text.endswith("=") and str(value % 10) == example["answer"]
+
+
+def test_a_mistake_never_cancels():
+    rng = random.Random(0)
+    for _ in range(300):
+        expression = toy_task.random_expression(rng)
+        ends = {toy_task.calculate(str(first) + expression[1:]) for first in range(10)}
+        assert len(ends) == 10, "every wrong digit must lead to a wrong answer"
+
+
+def test_reward_is_strict():
+    example = {"answer": "8"}
+    right, wrong = ["5-8=7;7+9=6#8", "#8"], ["", "8", "#7", "#8#8", "#7#8", "#8 ", "#8;", "#88", "# 8", "5-8=7;7+9"]
+    assert [toy_task.reward(r, example) for r in right] == [1, 1] and not any(toy_task.reward(r, example) for r in wrong)
+
+
+def test_demonstrations_follow_their_problem():
+    rng, hasty, seen = random.Random(0), 0, 0
+    for expression in toy_task.expressions_of("train", 400, rng):
+        text = toy_task.demonstration(expression, rng)
+        assert toy_task.reward(text, {"answer": str(toy_task.calculate(expression))}) == 1
+        assert all(toy_task.calculate(a) == int(b) for a, b in re.findall(r"([\d+*-]+)=(\d)", text))
+        hasty += bool(re.search(r"\d[-+*]\d[-+*]", text))
+        seen += "!" in text
+    assert 0.7 < hasty / 400 < 0.9 and 0.1 < seen / 400 < 0.35
+    for expression in toy_task.expressions_of("train", 50, rng):
+        assert not re.search(r"\d[-+*]\d[-+*]|!", toy_task.demonstration(expression, rng, hasty=0.0))
+
+
+def test_tokenizer_is_one_token_a_character_and_comes_back():
+    tokenizer = toy_task.make_tokenizer()
+    ids = tokenizer("5-8+9*3=").input_ids
+    assert len(ids) == 8 and tokenizer.decode(ids) == "5-8+9*3=" and tokenizer.eos_token_id not in ids
+
+
+def test_the_toy_starts_where_there_is_room_to_learn():
+    """Also makes the toy models if they are not cached yet: about a minute."""
+    learner = asyppo.make_learner(asyppo.parse([]), toy_task)
+    assert 0.20 <= asyppo.evaluate(learner) <= 0.45
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (learner.actor, learner.critics[0])]
+    assert sizes[0] > 8 * sizes[1]
+
+
+# ------------------------------------------------------------------------------------------------------- README
+
+
+README = (HERE / "README.md").read_text()
+FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = sorted({line.split("#")[0].strip() for kind, text in FENCES if kind == "bash" for line in text.splitlines()
+                   if re.match(r"python (asyppo|toy_task)\.py", line)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_as_typed_but_short(command, tmp_path, monkeypatch, capsys):
+    """Every python command of the README, with its own flags, cut down in length."""
+    monkeypatch.chdir(tmp_path)
+    for kind, text in FENCES:  # the files that the README tells the reader to write
+        name = re.match(r"# (\w+\.py)\n", text)
+        if kind == "python" and name:
+            Path(name[1]).write_text(text)
+    Path("my_problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    script, *flags = shlex.split(command)[1:]
+    assert script == "asyppo.py"
+    if "--model" in flags and not Path(flags[flags.index("--model") + 1]).exists():
+        pytest.skip("needs a model from a hub")
+    short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16".split()
+    if "--true-values" in flags:
+        flags[flags.index("--true-values") + 1] = "8"
+    assert asyppo.main(flags + short) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [text for kind, text in FENCES if kind == "python"])
+def test_readme_python_runs(code, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    (tmp_path / "runs").mkdir()
+    if "runs/asyppo-0" in code:
+        assert asyppo.main(arguments(tiny, "runs/asyppo-0")) == 0
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_shows_every_flag_it_mentions():
+    known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
+    known |= {"--no-whiten", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
