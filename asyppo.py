@@ -101,7 +101,8 @@ class Config:
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
-    critic_warmup: int = option(4, "first iterations in which only the critics learn, so the actor never follows noise")
+    critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so that "
+                                   "the actor does not follow noise")
     # The two masks.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
     mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy"])
@@ -588,7 +589,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     seconds_critic += clock.lap()
 
     # (6) The actor: utd steps of clipped policy gradient on the same batch.
-    warming_up = bool(critics) and step <= config.critic_warmup
+    warming_up = bool(critics) and step <= min(config.critic_warmup, config.steps // 2)
     passes = [] if warming_up else update_actor(learner, batch, advantages, adv_keep, ent_keep)
     seconds_actor = clock.lap()
 

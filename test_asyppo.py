@@ -844,7 +844,7 @@ COMMANDS = sorted({line.split("#")[0].strip() for kind, text in FENCES if kind =
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_as_typed_but_short(command, tmp_path, monkeypatch, capsys):
+def test_readme_commands_as_typed_but_short(command, tiny, tmp_path, monkeypatch, capsys):
     """Every python command of the README, with its own flags, cut down in length."""
     monkeypatch.chdir(tmp_path)
     for kind, text in FENCES:  # the files that the README tells the reader to write
@@ -854,8 +854,8 @@ def test_readme_commands_as_typed_but_short(command, tmp_path, monkeypatch, caps
     Path("my_problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
     script, *flags = shlex.split(command)[1:]
     assert script == "asyppo.py"
-    if "--model" in flags and not Path(flags[flags.index("--model") + 1]).exists():
-        pytest.skip("needs a model from a hub")
+    if "--model" in flags:
+        flags[flags.index("--model") + 1] = str(tiny / "actor")
     short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16".split()
     if "--true-values" in flags:
         flags[flags.index("--true-values") + 1] = "8"
