@@ -9,6 +9,7 @@ token and makes it cheap and sturdy:
   * of every prompt's answers, each mini-critic is trained on its own half, so that the two differ (*disjoint shards*);
   * their mean is the value; their *disagreement* says where to learn. Where they agree most, there is little left to
     learn and the advantage is masked; where they disagree most, exploring is noise and the entropy bonus is filtered.
+    (Not the usual curiosity: there, too, the advantage still teaches, since it holds an observed outcome.)
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
     python asyppo.py --algo grpo             the same loop as GRPO (or ppo: one full-size critic; naive: one mini-critic)
@@ -32,8 +33,9 @@ Shapes: B answers (prompts x G, the answers to one prompt side by side), P promp
 positions (right-padded), M critics, V vocabulary entries, D hidden width. `mask` [B, T] is 1 on answer tokens, the end
 token included (stopping is an action too), 0 on padding; it comes from lengths, never from comparing with a pad id.
 
-The functions of parts 4 to 6 and assign_shards need nothing but torch: take them. The paper published no code and
-leaves some choices open; each is marked "The paper is silent" below, decided, and open to a flag.
+The functions of parts 4 to 6 and assign_shards need nothing but torch: take them. The authors published no code, and
+what we know of the paper leaves some choices open: each is marked "The paper is silent" where it is made; most have a
+flag, the others are one line to change.
 Deliberately left out: a KL penalty to a reference model, value clipping, more than one device, anything asynchronous.
 """
 import argparse
@@ -51,6 +53,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers an
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ================================================================================================== 1 Config
 
@@ -69,33 +72,37 @@ class Config:
     # What is trained, on what, for how long.
     model: str = option("", "actor: a model directory or hub name (default: the task's own, if it brings one)")
     critic_model: str = option("", "mini-critics' base: directory or hub name, same tokenizer as the actor (default: the "
-                                   "task's own, or the actor's own checkpoint cut to --critic-layers)")
+                                   "task's own if --model is not given, else the actor's checkpoint, cut)")
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of everything random in training; the same seed gives the same metrics")
-    # Rollouts. A group must be divisible among the critics; 8 answers leave each of two critics 4 per prompt.
+    # Rollouts. G must be at least M. 8 answers leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
     prompts_per_step: int = option(32, "prompts in a batch")
     group_size: int = option(8, "G: answers sampled per prompt")
     max_new_tokens: int = option(64, "length limit of an answer; the share that hits it is logged as truncated_share")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
-    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual.
+    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual. Gradients of all
+    # models are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language models.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
-    lr: float = option(3e-5, "actor's learning rate (Adam); 1e-6 is usual for a pretrained model of billions")
+    lr: float = option(3e-5, "actor's learning rate (Adam); try 1e-6 for a pretrained model of billions")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
-    # lambda 0.95 trusts the critics a little; the critics' own target is by default the plain Monte-Carlo return
-    # (critic_lam 1), which no critic's error can bias.
+    # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36 and the
+    # rest is the critics' word. That fits the toy's 20 to 50 tokens; the longer the answers, the nearer to 1 it should be.
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.95, "GAE's lambda for the actor's advantages")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
-    # Critics.
+    # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return (critic_lam 1),
+    # which no critic's error can bias. 3e-3 suits the toy's mini-critics of 27,000 parameters, which have four iterations
+    # of warm-up to learn an output they never had; for pretrained critics of real size start near 1e-5.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_size: str = option("mini", "actor: a critic as large as the actor, from the actor's checkpoint",
                               choices=["mini", "actor"])
-    critic_layers: int = option(0, "layers of a mini-critic cut from the actor's checkpoint (0: a quarter of them)")
-    shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards (claim C3)")
+    critic_layers: int = option(0, "keep only the first layers of the mini-critics' base (0: all of --critic-model or of the "
+                                   "task's own; a quarter when the base is the actor's checkpoint)")
+    shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards: they will hardly differ")
     aggregate: str = option("mean", "how M values become one (min: guard against overestimation)", choices=["mean", "min"])
     critic_lr: float = option(3e-3, "critics' learning rate (Adam)")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
@@ -103,7 +110,7 @@ class Config:
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
     critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so that "
                                    "the actor does not follow noise")
-    # The two masks.
+    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
     mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy"])
     entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)")
@@ -112,12 +119,15 @@ class Config:
     # Looking at it.
     eval_every: int = option(10, "iterations between evaluations on held-out problems (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
-    true_values: int = option(0, "at every evaluation, also estimate the true value of at least this many states")
-    micro_batch_tokens: int = option(4096, "tokens per forward pass; lower it when memory runs out, the gradient stays the same")
-    profile: bool = option(False, "no training: time the steps of asyppo, grpo and ppo and their floor, then stop")
+    true_values: int = option(0, "at every evaluation, also estimate the true value of this many of the batch's states")
+    micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out, the gradient "
+                                           "stays the same (sampling always runs a whole batch of answers at once)")
+    profile: bool = option(False, "no training: time the steps of asyppo, grpo and ppo as preset, and their floor, then stop")
 
 
-# The four algorithms are one loop. A preset is nothing but other defaults for the flags above.
+# The four algorithms are one loop. A preset is nothing but other defaults for the flags above. The baselines are the plain
+# ones, without entropy bonus (--entropy-coef 0.01 adds it). Those with a critic spend their first iterations on it alone.
+# Where a mask or filter could do nothing anyway (one critic: sigma is 0), its share is still set to 0, to be plain.
 PRESETS = {
     "asyppo": {},
     "ppo": dict(critics=1, critic_size="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
@@ -181,6 +191,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     ends = torch.tensor(end_ids, device=device)  # some models have several; all of them end an answer
     alive = torch.arange(B, device=device)  # rows still being written; finished ones leave the batch and the cache
     truncated = torch.ones(B, dtype=torch.bool, device=device)
+    # The first pass reads the prompts [B, P]; every later one a single new token per row [alive, 1] and the cache.
     inputs, place, cache = tokens[:, :P], positions(attention[:, :P]), None
 
     for t in range(T):
@@ -200,7 +211,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
             break
         cache = output.past_key_values
         if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
+            cache.batch_select_indices(going.nonzero()[:, 0])  # drops finished rows
         alive, inputs, place = alive[going], token[going, None], place[going, -1:] + 1
 
     width = t + 1  # the longest answer; nobody wrote beyond it
@@ -219,7 +230,7 @@ def states_before(backbone, batch: Rollout) -> torch.Tensor:
     return hidden[:, batch.prompt_width - 1:-1]
 
 
-def score(model, batch: Rollout, temperature: float, chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_and_entropy(model, batch: Rollout, temperature: float, chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
     The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
@@ -265,7 +276,7 @@ def microbatches(batch: Rollout, token_budget: int):
 class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any Hugging Face language model and a scalar head.
 
-    Pretrained matters (claim C2): a network that can already continue an answer knows most of what it takes to see
+    Pretrained matters: a network that can already continue an answer knows most of what it takes to see
     whether it is going well, so few answers are enough to teach it values.
     """
 
@@ -273,7 +284,7 @@ class MiniCritic(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.config.hidden_size, 1)
-        # Small enough that values start near 0, and different in every critic, as usual for PPO's value heads.
+        # Small, so that values start near 0; random, so that even critics trained on the same data are not identical.
         nn.init.normal_(self.head.weight, std=1 / (backbone.config.hidden_size + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
 
@@ -294,9 +305,9 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
     """
     if not 1 <= num_critics <= group_size:
         raise ValueError(f"{group_size} answers per prompt cannot be divided among {num_critics} critics")
-    even = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # deal them round
+    dealt = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # deal them round
     shuffle = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)  # but who gets which is random
-    return even.gather(1, shuffle).flatten()
+    return dealt.gather(1, shuffle).flatten()
 
 
 # ================================================================================================== 4 Advantages
@@ -367,7 +378,7 @@ def advantage_mask(sigma, mask, k):
     """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. All [B, T].
 
     Where the critics agree, the value is known and the update would only fit noise, the more so the more often a batch
-    is reused. Ranked over all valid tokens of the batch (the paper is silent: batch or minibatch; "states of the
+    is reused. sigma may be any signal. Ranked over all valid tokens of the batch (the paper is silent: batch or minibatch; "states of the
     batch" reads as all). Exactly floor(k * N) of the N valid tokens are masked; of equals, the first ones. If sigma is
     the same everywhere (one critic, or identical ones) it says nothing, and every valid token is kept.
     """
@@ -382,7 +393,9 @@ def entropy_filter(sigma, mask, h):
     """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. All [B, T].
 
     Where the critics disagree most, the state says little about the outcome, so exploring there is noise: these tokens
-    get no entropy bonus. Counted and ranked as in advantage_mask, from the other end.
+    get no entropy bonus. This is not curiosity, which would explore just there: the paper takes a high sigma for a state
+    that tells little about its outcome, where more entropy only makes answers more random. Counted and ranked as in
+    advantage_mask, from the other end.
     """
     valid = mask.bool()
     keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
@@ -400,12 +413,12 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
         E[ 1/|o| * sum_t ( I_A(t) * min(rho_t * A_t, clip(rho_t, 1 - eps, 1 + eps) * A_t) + beta * I_H(t) * H_t ) ]
 
     All tensors [B, T]: logprobs and entropy of pi_theta carry gradients; old_logprobs, advantages, adv_keep (I_A) and
-    ent_keep (I_H) are constants. |o| is the answer's full length, masked tokens included: every answer weighs the
-    same, and so does every token of it. Padding (mask 0) may hold anything and gets no gradient; an empty answer
+    ent_keep (I_H) are constants. |o| is the answer's full length, tokens dropped by I_A included: every answer weighs
+    the same, and so does every token of it. Padding (mask 0) may hold anything and gets no gradient; an empty answer
     counts as 0. With adv_keep 1 and beta 0 this is PPO; with a group's advantage on every token, GRPO without its KL.
 
-    Returns loss (a scalar) and stats over the valid tokens: ratio_error = max |rho - 1|, which must be 0 on the first
-    pass over a batch; clip_fraction, the share of tokens with rho outside 1 +- clip; and kl, the estimate
+    Returns loss (a scalar) and stats over the valid tokens: ratio_error = max |rho - 1|, which must be 0 to rounding on
+    the first pass over a batch; clip_fraction, the share of tokens with rho outside 1 +- clip; and kl, the estimate
     E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is never negative (Schulman, "Approximating KL", k3).
     """
     valid = mask.bool()
@@ -469,13 +482,14 @@ class Learner:
 
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
     """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone: an
-    iteration can be repeated, or taken up again, without its predecessors."""
+    iteration can be repeated without its predecessors. Even numbers for the device, odd ones for the CPU; the factor is a
+    prime above any number of steps, so that seeds never share an iteration's randomness."""
     seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
 
 def answer(learner: Learner, examples: list[dict], generator) -> tuple[Rollout, torch.Tensor]:
-    """One sampled answer to each example's prompt, and the verifier's R of each, [B]."""
+    """Sample one answer to each example's prompt and have it graded: the rollout, and the verifier's R of each, [B]."""
     config, tokenizer = learner.config, learner.tokenizer
     prompts = [tokenizer(example["prompt"]).input_ids for example in examples]
     batch = generate(learner.actor, prompts, config.max_new_tokens, config.temperature, learner.end_ids, learner.pad_id,
@@ -496,7 +510,8 @@ def critic_values(learner: Learner, batch: Rollout) -> torch.Tensor:
 
 
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
-    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; min is there to test claim C5 against."""
+    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; min guards against overestimation,
+    which the paper finds not to be the problem."""
     return values.mean(dim=0) if how == "mean" else values.min(dim=0).values
 
 
@@ -525,7 +540,7 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
         for index in microbatches(batch, config.micro_batch_tokens):
             part = batch.rows(index)
             of_part = (index, slice(part.mask.shape[1]))
-            logprobs, entropy = score(learner.actor, part, config.temperature)
+            logprobs, entropy = logprobs_and_entropy(learner.actor, part, config.temperature)
             loss, stats = policy_loss(logprobs, part.logprobs, advantages[of_part], entropy, part.mask,
                                       adv_keep[of_part], ent_keep[of_part], config.clip, config.entropy_coef)
             (loss * len(index) / len(batch.mask)).backward()  # its part of the mean over answers
@@ -553,7 +568,8 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
     seconds_rollout = clock.lap()
 
-    # How well did the critics foretell this batch, before they see it? (Only a measurement.)
+    # How well did the critics foretell this batch, before they see it? A measurement; and if critic_lam < 1, what the
+    # critics' targets bootstrap from: the ensemble's value before the update, not each critic's own (the paper is silent).
     values = critic_values(learner, batch)
     v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
@@ -563,7 +579,8 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     clock.lap()  # this one is not counted
 
     # (2) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic has just
-    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that.
+    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that. And V_bar,
+    #     too, has half seen the outcome, which makes advantages a little smaller. The order is the paper's.
     if critics:
         _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
@@ -601,7 +618,9 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     metrics = {
         "step": step, "reward": float(scores.mean()), "eval_accuracy": None,
         "response_length": float(mask.sum(1).mean()), "truncated_share": float(batch.truncated.float().mean()),
-        "entropy": mean(batch.entropy), "kl": passes[-1]["kl"] if passes else None,  # how far the last pass had moved
+        "entropy": mean(batch.entropy),
+        # Of the last pass, so after utd - 1 of the utd steps (with utd 1 there is nothing to see).
+        "kl": passes[-1]["kl"] if passes else None,
         "clip_fraction": passes[-1]["clip_fraction"] if passes else None,
         "first_ratio_error": passes[0]["ratio_error"] if passes else None,
         "explained_variance": explained, "sigma_mean": mean(sigma), "masked_share": 1 - mean(adv_keep),
@@ -616,13 +635,20 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
 # ================================================================================================== 8 Evaluation
 
 
+def sampling_batch(config: Config) -> int:
+    """Answers sampled at once when only looking: a training batch, or 64 where that is more (nothing is kept for a
+    backward pass, so they fit)."""
+    return max(64, config.prompts_per_step * config.group_size)
+
+
 def evaluate(learner: Learner) -> float:
-    """Mean reward on held-out problems, one sampled answer each, at the training temperature: the policy as it is.
+    """Mean reward (for a verifier of 0 or 1: the accuracy) on held-out problems, one sampled answer each, at the training temperature: the policy as it is.
     The same random numbers every time, so that two evaluations differ by the policy, not by luck."""
     generator, _ = generators(learner, -1)
     examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
-    size = learner.config.prompts_per_step * learner.config.group_size  # as many at once as a training batch holds
-    scores = [answer(learner, examples[i:i + size], generator)[1] for i in range(0, len(examples), size)]
+    size = sampling_batch(learner.config)
+    scores = [answer(learner, examples[i:i + size], generator)[1]
+              for i in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, delay=2)]
     return float(torch.cat(scores).mean())
 
 
@@ -630,7 +656,7 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
                 continuations: int = 64) -> dict:
     """How far could values be foretold at all, and how far did the critics get? Slow: for looking only.
 
-    The true V(s_t) of a state is the mean reward of endings sampled from it by the current policy. For `count` states
+    The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For `count` states
     drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return is then
     E[Var(R | s)], which nobody can foretell, plus Var(V). Returned (both corrected for the finite number of endings):
     true_explained = Var(V) / Var(R), what a perfect critic would explain;
@@ -639,8 +665,9 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
     generator, cpu_generator = generators(learner, -2)
     states = batch.mask.nonzero()  # [N, 2]: row, t
     states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
-    P, size, truth, within, guess = batch.prompt_width, learner.config.prompts_per_step * learner.config.group_size, [], [], []
-    for t in states[:, 1].unique().tolist():  # states at the same place have the same room left to end in
+    P, size, truth, within, guess = batch.prompt_width, sampling_batch(learner.config), [], [], []
+    # States at the same place have the same room left to end in, so they are continued together.
+    for t in tqdm(states[:, 1].unique().tolist(), desc="true values", leave=False, delay=2):
         rows = states[states[:, 1] == t, 0]
         prefixes = [batch.tokens[i, :P + t][batch.attention[i, :P + t].bool()].tolist() for i in rows]
         todo = [(prefix, examples[i]) for prefix, i in zip(prefixes, rows.tolist()) for _ in range(continuations)]
@@ -674,13 +701,13 @@ class Stopwatch:
     """Seconds between calls of lap(), the accelerator's unfinished work included."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.now = device, 0.0
         self.lap()
 
     def lap(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        before, self.now = getattr(self, "now", 0.0), time.perf_counter()
+        before, self.now = self.now, time.perf_counter()
         return self.now - before
 
 
@@ -830,7 +857,6 @@ def check_head(model, name: str) -> None:
 
 def train(config: Config, task) -> None:
     """A whole run: every iteration, everything that is printed, everything that is left in config.out."""
-    from tqdm import tqdm
     out = Path(config.out)
     if (out / "config.json").exists() or (out / "metrics.jsonl").exists():
         raise UserError(f"{out} already holds a run; give another directory with --out, or delete that one")
@@ -845,14 +871,14 @@ def train(config: Config, task) -> None:
           + f", on {learner.device.type}; leaves everything in {out}")
 
     rows, accuracy = [], evaluate(learner)
-    row = {"step": 0, "eval_accuracy": accuracy}  # before any training; the other columns follow with the first batch
+    before = {"step": 0, "eval_accuracy": accuracy}  # before any training; its other columns are null
     tqdm.write(f"step {0:4d}  held-out accuracy {accuracy:.3f}")
     with open(out / "metrics.jsonl", "w") as log, tqdm(total=config.steps, desc=config.algo) as bar:
         for step in range(1, config.steps + 1):
             evaluating = step % config.eval_every == 0 or step == config.steps
             metrics, view = train_step(learner, step, look_into_values=evaluating and config.true_values > 0)
             if step == 1:
-                rows.append({key: row.get(key) for key in metrics})
+                rows.append({key: before.get(key) for key in metrics})
                 log.write(as_json(rows[0]))
             error = metrics["first_ratio_error"]
             if error is not None and not error < 1e-3:
@@ -1090,8 +1116,8 @@ def parse(argv: list[str] | None) -> Config:
         else:
             shown = "" if f.default == "" or f.name == "task" else f" [{f.default}]"
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=f.metadata.get("choices"),
-                                metavar=f.metadata.get("choices") and "|".join(f.metadata["choices"]) or
-                                type(f.default).__name__.upper(), help=text + shown)
+                                metavar="|".join(f.metadata.get("choices", [])) or type(f.default).__name__.upper(),
+                                help=text + shown)
     algo = parser.parse_args(argv).algo
     parser.set_defaults(**PRESETS[algo])
     config = Config(**vars(parser.parse_args(argv)))

@@ -76,7 +76,7 @@ def test_what_is_sampled_is_what_is_scored(kind, temperature):
     model = random_model(kind)
     model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
     batch = sampled(model, temperature=temperature)
-    logprobs, entropy = asyppo.score(model, batch, temperature)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
     assert torch.allclose(logprobs, batch.logprobs, atol=1e-4)
     assert torch.allclose(entropy, batch.entropy, atol=1e-4)
 
@@ -86,7 +86,7 @@ def test_what_is_sampled_is_what_is_scored(kind, temperature):
 def test_scores_equal_those_of_each_answer_alone_without_padding_or_cache(kind):
     model, batch = random_model(kind), sampled(random_model(kind))
     assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
-    logprobs, entropy = asyppo.score(model, batch, 1.0)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
     for row in range(len(batch.tokens)):
         ids = batch.tokens[row][batch.attention[row].bool()]
         length = int(batch.mask[row].sum())
@@ -128,12 +128,12 @@ def test_log_probs_come_in_chunks_and_no_full_logits_exist():
     model, shapes = random_model(), []
     batch = sampled(model)
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.numel()))
-    whole = asyppo.score(model, batch, 1.0)
+    whole = asyppo.logprobs_and_entropy(model, batch, 1.0)
     (whole[0].sum() + whole[1].sum()).backward()
     gradient = model.base_model.embed_tokens.weight.grad.clone()
     model.zero_grad()
     shapes.clear()
-    parts = asyppo.score(model, batch, 1.0, chunk_elements=5 * VOCABULARY)
+    parts = asyppo.logprobs_and_entropy(model, batch, 1.0, chunk_elements=5 * VOCABULARY)
     (parts[0].sum() + parts[1].sum()).backward()
     assert max(shapes) <= 5 * VOCABULARY and len(shapes) > 4
     assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-6)
