@@ -12,7 +12,7 @@ token and makes it cheap and sturdy:
     (Not the usual curiosity: there, too, the advantage still teaches, since it holds an observed outcome.)
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
-    python asyppo.py --algo grpo             the same loop as GRPO (or ppo: one full-size critic; naive: one mini-critic)
+    python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
     python asyppo.py --help                  every choice, with its default and its reason
 
 Map of the file, in reading order                           The paper's symbols, and ours
@@ -71,45 +71,45 @@ class Config:
                        choices=["asyppo", "ppo", "grpo", "naive"])
     # What is trained, on what, for how long.
     model: str = option("", "actor: a model directory or hub name (default: the task's own, if it brings one)")
-    critic_model: str = option("", "mini-critics' base: directory or hub name, same tokenizer as the actor (default: the "
-                                   "task's own if --model is not given, else the actor's checkpoint, cut)")
+    critic_model: str = option("", "mini-critics' base: directory or hub name, same tokenizer as the actor (default: "
+                                   "the task's own if --model is not given, else the actor's checkpoint, cut)")
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of everything random in training; the same seed gives the same metrics")
-    # Rollouts. G must be at least M. 8 answers leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
+    # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
     prompts_per_step: int = option(32, "prompts in a batch")
     group_size: int = option(8, "G: answers sampled per prompt")
     max_new_tokens: int = option(64, "length limit of an answer; the share that hits it is logged as truncated_share")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
-    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual. Gradients of all
-    # models are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language models.
+    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual. All
+    # gradients are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language models.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
     lr: float = option(3e-5, "actor's learning rate (Adam); try 1e-6 for a pretrained model of billions")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
-    # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36 and the
-    # rest is the critics' word. That fits the toy's 20 to 50 tokens; the longer the answers, the nearer to 1 it should be.
+    # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36, the
+    # rest is the critics' word. It fits the toy's 20 to 50 tokens; for longer answers move it nearer to 1.
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.95, "GAE's lambda for the actor's advantages")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
-    # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return (critic_lam 1),
-    # which no critic's error can bias. 3e-3 suits the toy's mini-critics of 27,000 parameters, which have four iterations
-    # of warm-up to learn an output they never had; for pretrained critics of real size start near 1e-5.
+    # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
+    # (critic_lam 1), which no critic's error can bias. 3e-3 suits the toy's mini-critics of 27,000 parameters, which
+    # have four iterations of warm-up to learn an output they never had; for critics of real size start near 1e-5.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_size: str = option("mini", "actor: a critic as large as the actor, from the actor's checkpoint",
                               choices=["mini", "actor"])
-    critic_layers: int = option(0, "keep only the first layers of the mini-critics' base (0: all of --critic-model or of the "
-                                   "task's own; a quarter when the base is the actor's checkpoint)")
-    shared_data: bool = option(False, "train every critic on all answers, not on disjoint shards: they will hardly differ")
-    aggregate: str = option("mean", "how M values become one (min: guard against overestimation)", choices=["mean", "min"])
+    critic_layers: int = option(0, "keep only the first layers of the mini-critics' base (0: all of --critic-model or "
+                                   "the task's own; a quarter when the base is the actor's checkpoint)")
+    shared_data: bool = option(False, "train every critic on all answers: they will hardly differ")
+    aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
     critic_lr: float = option(3e-3, "critics' learning rate (Adam)")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
-    critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so that "
-                                   "the actor does not follow noise")
+    critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so "
+                                   "that the actor does not follow noise")
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
     mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy"])
@@ -117,17 +117,17 @@ class Config:
     filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus")
     filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy"])
     # Looking at it.
-    eval_every: int = option(10, "iterations between evaluations on held-out problems (also before the first, after the last)")
+    eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "at every evaluation, also estimate the true value of this many of the batch's states")
-    micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out, the gradient "
-                                           "stays the same (sampling always runs a whole batch of answers at once)")
-    profile: bool = option(False, "no training: time the steps of asyppo, grpo and ppo as preset, and their floor, then stop")
+    micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out: the "
+                                     "gradient stays the same (sampling always runs a whole batch of answers at once)")
+    profile: bool = option(False, "no training: time steps of asyppo, grpo and ppo as preset, and their floor")
 
 
-# The four algorithms are one loop. A preset is nothing but other defaults for the flags above. The baselines are the plain
-# ones, without entropy bonus (--entropy-coef 0.01 adds it). Those with a critic spend their first iterations on it alone.
-# Where a mask or filter could do nothing anyway (one critic: sigma is 0), its share is still set to 0, to be plain.
+# The four algorithms are one loop. A preset is nothing but other defaults for the flags above. The baselines are the
+# plain ones, without entropy bonus (--entropy-coef 0.01 adds it); those with a critic spend their first iterations on
+# it alone. Where a mask could do nothing anyway (one critic: sigma is 0), its share is still set to 0, to be plain.
 PRESETS = {
     "asyppo": {},
     "ppo": dict(critics=1, critic_size="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
@@ -198,6 +198,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
         output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
                                   past_key_values=cache, use_cache=True)
         logits = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float() / temperature
+        if logits.isnan().any():
+            raise UserError("training has diverged: the actor's logits are not numbers; lower --lr")
         logp = logits.log_softmax(-1)  # [alive, V]
         token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         tokens[alive, P + t] = token
@@ -230,7 +232,8 @@ def states_before(backbone, batch: Rollout) -> torch.Tensor:
     return hidden[:, batch.prompt_width - 1:-1]
 
 
-def logprobs_and_entropy(model, batch: Rollout, temperature: float, chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_and_entropy(model, batch: Rollout, temperature: float,
+                         chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
     The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
@@ -300,7 +303,8 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
     leave each critic blind to half of the prompts). Which ones is random; how many is even, and where G is not
     divisible by M the odd answers go round from prompt to prompt.
 
-    Returns owner [num_prompts * group_size], long: answer g of prompt p belongs to critic owner[p * group_size + g].
+    Returns owner [num_prompts * group_size], long, on the CPU (as the generator must be): answer g of prompt p belongs to
+    critic owner[p * group_size + g].
     Raises ValueError when there are fewer answers per prompt than critics. Source: the paper's disjoint-shard rule.
     """
     if not 1 <= num_critics <= group_size:
@@ -325,10 +329,10 @@ def gae(rewards, values, mask, gamma, lam):
     Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
     both [B, T], 0 where mask is 0. With lam 0, A_t is the one-step TD error; with lam and gamma 1, R - V(s_t).
     """
-    valid = mask.bool()
-    rewards, values = rewards.masked_fill(~valid, 0), values.masked_fill(~valid, 0)
+    valid, dtype = mask.bool(), torch.promote_types(values.dtype, torch.float32)  # long sums go wrong in bf16
+    rewards, values = rewards.to(dtype).masked_fill(~valid, 0), values.to(dtype).masked_fill(~valid, 0)
     advantages = torch.zeros_like(values)
-    next_value, advantage = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    next_value, advantage = values.new_zeros(len(values)), values.new_zeros(len(values))
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(valid[:, t], delta + gamma * lam * advantage, advantage)
@@ -345,7 +349,7 @@ def whiten(x, mask):
     The paper is silent on it; it is usual for PPO and makes one learning rate fit batches easy and hard.
     """
     valid = mask.bool()
-    if not valid.any():
+    if not valid.any() or x[valid].min() == x[valid].max():  # rounding would be blown up to a deviation of 1
         return torch.zeros_like(x)
     mean, std = x[valid].mean(), x[valid].std(unbiased=False)
     return ((x - mean) / (std + 1e-8)).masked_fill(~valid, 0)
@@ -357,9 +361,10 @@ def group_advantages(rewards, group_size):
     rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number
     for all tokens of an answer. A group whose answers are all right or all wrong gets 0: nothing to compare.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.float().view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
-    return (centered / (groups.std(dim=1, keepdim=True, unbiased=False) + 1e-6)).flatten()
+    alike = groups.amin(dim=1, keepdim=True) == groups.amax(dim=1, keepdim=True)
+    return (centered / (groups.std(dim=1, keepdim=True, unbiased=False) + 1e-6)).masked_fill(alike, 0).flatten()
 
 
 # ================================================================================================== 5 Disagreement
@@ -369,7 +374,8 @@ def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
     Population standard deviation, so that one critic gives 0, not NaN; for two critics it is half the distance
-    between them, and sample or population makes no difference to the ranking, which is all that is used.
+    between them, and sample or population makes no difference to the ranking, which is all that is used. Have the
+    critics' heads in float32: in bf16 values that differ a little are equal, and the ranking is mostly ties.
     """
     return values.std(dim=0, unbiased=False)
 
@@ -378,10 +384,13 @@ def advantage_mask(sigma, mask, k):
     """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. All [B, T].
 
     Where the critics agree, the value is known and the update would only fit noise, the more so the more often a batch
-    is reused. sigma may be any signal. Ranked over all valid tokens of the batch (the paper is silent: batch or minibatch; "states of the
-    batch" reads as all). Exactly floor(k * N) of the N valid tokens are masked; of equals, the first ones. If sigma is
-    the same everywhere (one critic, or identical ones) it says nothing, and every valid token is kept.
+    is reused. Ranked over all valid tokens of the batch (the paper is silent: batch or minibatch; "states of the batch"
+    reads as all). Exactly floor(k * N) of the N valid tokens are masked; of equals, the first ones. If sigma is the
+    same everywhere (one critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of
+    the same shape, the entropy for one, may stand in for sigma. Raises ValueError for a k outside [0, 1].
     """
+    if not 0 <= k <= 1:
+        raise ValueError(f"k must be a share between 0 and 1, not {k}")
     valid = mask.bool()
     keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
     if len(signal) and signal.min() < signal.max():
@@ -393,10 +402,12 @@ def entropy_filter(sigma, mask, h):
     """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. All [B, T].
 
     Where the critics disagree most, the state says little about the outcome, so exploring there is noise: these tokens
-    get no entropy bonus. This is not curiosity, which would explore just there: the paper takes a high sigma for a state
-    that tells little about its outcome, where more entropy only makes answers more random. Counted and ranked as in
-    advantage_mask, from the other end.
+    get no entropy bonus. This is not curiosity, which would explore just there: the paper takes a high sigma for a
+    state that tells little about its outcome, where more entropy only makes answers more random. Counted and ranked as
+    in advantage_mask, from the other end. Raises ValueError for an h outside [0, 1].
     """
+    if not 0 <= h <= 1:
+        raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
     keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
     if len(signal) and signal.min() < signal.max():
@@ -427,11 +438,11 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     advantages = advantages.detach().masked_fill(~valid, 0)
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid, 0)
-    lengths = mask.sum(dim=1).clamp(min=1)
+    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)
+    lengths = valid.sum(dim=1).clamp(min=1)
     loss = -(per_token.masked_fill(~valid, 0).sum(dim=1) / lengths).mean()
     with torch.no_grad():
-        count, change = mask.sum().clamp(min=1), (ratio - 1).abs()
+        count, change = valid.sum().clamp(min=1), (ratio - 1).abs()
         stats = {"ratio_error": change.max(), "clip_fraction": (change > clip).sum() / count,
                  "kl": (ratio - 1 - log_ratio).sum() / count}
     return loss, stats
@@ -445,15 +456,16 @@ def critic_loss(values, returns, mask):
     """
     valid = mask.bool()
     error = (values - returns.detach()).masked_fill(~valid, 0)
-    return error.square().sum() / mask.sum().clamp(min=1)
+    return error.square().sum() / valid.sum().clamp(min=1)
 
 
 def explained_variance(values, returns, mask):
     """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 1 perfect, 0 no better than a constant, below 0
     worse than one. NaN where the returns do not vary. All [B, T]."""
     valid = mask.bool()
-    variance = returns[valid].var(unbiased=False)
-    return float(1 - (returns - values)[valid].var(unbiased=False) / variance) if variance > 0 else float("nan")
+    if not valid.any() or returns[valid].min() == returns[valid].max():
+        return float("nan")
+    return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
 
 
 # ================================================================================================== 7 Training
@@ -482,8 +494,8 @@ class Learner:
 
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
     """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone: an
-    iteration can be repeated without its predecessors. Even numbers for the device, odd ones for the CPU; the factor is a
-    prime above any number of steps, so that seeds never share an iteration's randomness."""
+    iteration can be repeated without its predecessors. Even numbers for the device, odd ones for the CPU; the factor is
+    above any number of steps, so that no two seeds share an iteration's randomness."""
     seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -515,6 +527,13 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
     return values.mean(dim=0) if how == "mean" else values.min(dim=0).values
 
 
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, flag: str) -> None:
+    """An optimizer step with the gradient clipped to norm 1; none with a gradient that is not finite."""
+    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+        raise UserError(f"training has diverged: a gradient is not finite; lower {flag}")
+    optimizer.step()
+
+
 def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tensor, shard: torch.Tensor, generator):
     """Critic m's regression on its shard (row numbers), critic_epochs times, an optimizer step per critic_batch."""
     config, critic, optimizer = learner.config, learner.critics[m], learner.critic_optimizers[m]
@@ -527,8 +546,7 @@ def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tenso
                 part = minibatch.rows(index)
                 loss = critic_loss(critic(part), returns[rows[index], :part.mask.shape[1]], part.mask)
                 (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
-            nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-            optimizer.step()
+            clip_and_step(critic, optimizer, "--critic-lr")
 
 
 def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_keep) -> list[dict]:
@@ -536,7 +554,7 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
     config, passes = learner.config, []
     for _ in range(config.utd):
         learner.actor_optimizer.zero_grad()
-        total = {"ratio_error": 0.0, "clip_fraction": 0.0, "kl": 0.0}
+        collected = {"ratio_error": [], "clip_fraction": [], "kl": []}
         for index in microbatches(batch, config.micro_batch_tokens):
             part = batch.rows(index)
             of_part = (index, slice(part.mask.shape[1]))
@@ -544,13 +562,12 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
             loss, stats = policy_loss(logprobs, part.logprobs, advantages[of_part], entropy, part.mask,
                                       adv_keep[of_part], ent_keep[of_part], config.clip, config.entropy_coef)
             (loss * len(index) / len(batch.mask)).backward()  # its part of the mean over answers
-            share = float(part.mask.sum() / batch.mask.sum())
-            total = {"ratio_error": max(total["ratio_error"], float(stats["ratio_error"])),
-                     "clip_fraction": total["clip_fraction"] + share * float(stats["clip_fraction"]),
-                     "kl": total["kl"] + share * float(stats["kl"])}
-        nn.utils.clip_grad_norm_(learner.actor.parameters(), 1.0)
-        learner.actor_optimizer.step()
-        passes.append(total)
+            share = part.mask.sum() / batch.mask.sum()  # and of the means over tokens
+            for name, value in stats.items():
+                collected[name].append(value if name == "ratio_error" else value * share)
+        clip_and_step(learner.actor, learner.actor_optimizer, "--lr")
+        passes.append({name: float(torch.stack(values).max() if name == "ratio_error" else sum(values))
+                       for name, values in collected.items()})
     return passes
 
 
@@ -568,8 +585,8 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
     seconds_rollout = clock.lap()
 
-    # How well did the critics foretell this batch, before they see it? A measurement; and if critic_lam < 1, what the
-    # critics' targets bootstrap from: the ensemble's value before the update, not each critic's own (the paper is silent).
+    # How well did the critics foretell this batch, before they see it? A measurement; and if critic_lam < 1, what their
+    # targets bootstrap from: the ensemble's value before the update, not each critic's own. (The paper is silent.)
     values = critic_values(learner, batch)
     v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
@@ -579,13 +596,15 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     clock.lap()  # this one is not counted
 
     # (2) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic has just
-    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that. And V_bar,
-    #     too, has half seen the outcome, which makes advantages a little smaller. The order is the paper's.
+    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that.
+    #     V_bar, too, has half seen the outcome, which makes advantages a little smaller. The order is the paper's.
     if critics:
         _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
+        order = cpu_generator.get_state()  # every critic shuffles alike: the data alone is to make them differ
         for m in range(len(critics)):
             mine = torch.ones_like(owner) if config.shared_data else owner == m
+            cpu_generator.set_state(order)
             update_critic(learner, m, batch, returns, mine.nonzero()[:, 0], cpu_generator)
 
         # (3) The corrected advantage: GAE on the ensemble's value, V_bar.
@@ -642,8 +661,9 @@ def sampling_batch(config: Config) -> int:
 
 
 def evaluate(learner: Learner) -> float:
-    """Mean reward (for a verifier of 0 or 1: the accuracy) on held-out problems, one sampled answer each, at the training temperature: the policy as it is.
-    The same random numbers every time, so that two evaluations differ by the policy, not by luck."""
+    """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
+    training temperature: the policy as it is. The same random numbers every time, so that two evaluations differ by the
+    policy and less by luck."""
     generator, _ = generators(learner, -1)
     examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
     size = sampling_batch(learner.config)
@@ -656,9 +676,9 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
                 continuations: int = 64) -> dict:
     """How far could values be foretold at all, and how far did the critics get? Slow: for looking only.
 
-    The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For `count` states
-    drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return is then
-    E[Var(R | s)], which nobody can foretell, plus Var(V). Returned (both corrected for the finite number of endings):
+    The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For
+    `count` states drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return
+    is then E[Var(R | s)], which nobody can foretell, plus Var(V). Returned, corrected for the finite number of endings:
     true_explained = Var(V) / Var(R), what a perfect critic would explain;
     critic_explained = what V_bar explains on the same states, and value_error, its root mean square error against V.
     """
@@ -717,7 +737,7 @@ def texts_of(learner: Learner, batch: Rollout, written: list[list[int]] | None =
     for row in range(len(batch.mask)):
         tokens = batch.tokens[row, batch.prompt_width:][batch.mask[row].bool()].tolist()
         tokens = tokens[:-1] if tokens and tokens[-1] in learner.end_ids else tokens
-        texts.append(learner.tokenizer.decode((written[row] if written else []) + tokens, skip_special_tokens=True))
+        texts.append(learner.tokenizer.decode((written[row] if written else []) + tokens))  # special tokens are seen
     return texts
 
 
@@ -726,7 +746,7 @@ def reward_of(task, text: str, example: dict) -> float:
         value = float(task.reward(text, example))
     except Exception as error:
         raise UserError(f"reward() failed on problem {example['prompt']!r}: {type(error).__name__}: {error}")
-    if not math.isfinite(value):
+    if not abs(value) < 1e30:  # NaN, infinite, or soon so in float32
         raise UserError(f"reward() returned {value} for problem {example['prompt']!r}; it must return a finite number")
     return value
 
@@ -769,19 +789,23 @@ def load_problems(task, split: str, config: Config, at_least: int):
 
 
 def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
-    """`auto_class`.from_pretrained in float32 (pure bf16 weights swallow small updates: 0.02 - 1e-5 == 0.02), with every
-    dropout 0 (it would make the ratio of the first pass differ from 1), cut to the first `layers` layers if given."""
+    """`auto_class`.from_pretrained in float32 (pure bf16 weights swallow small updates: 0.02 - 1e-5 == 0.02), with
+    every dropout 0 (it would make the ratio of the first pass differ from 1), cut to its first `layers` if given."""
     from transformers import AutoConfig
     try:
         config = AutoConfig.from_pretrained(name)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
+        if layers > config.num_hidden_layers:
+            raise UserError(f"--critic-layers {layers}: {name} has only {config.num_hidden_layers}")
         if layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
         return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+    except UserError:
+        raise
     except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
         raise UserError(f"{flag} {name}: no model could be loaded from a directory or a hub of that name "
                         f"({first_line(error)}); download it first, or give the directory of a saved model")
@@ -802,7 +826,10 @@ def make_learner(config: Config, task) -> Learner:
     if not name:
         if not callable(getattr(task, "models", None)):
             raise UserError(f"the task {config.task} brings no models() of its own; say which with --model")
-        name, small = task.models()
+        try:
+            name, small = task.models()
+        except Exception as error:
+            raise UserError(f"the task's models() failed: {first_line(error)}")
         critic_name = critic_name or small
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     actor = load_pretrained(AutoModelForCausalLM, name, "--model").to(device)
@@ -811,12 +838,6 @@ def make_learner(config: Config, task) -> Learner:
     except Exception as error:
         raise UserError(f"--model {name}: it has no usable tokenizer ({first_line(error)})")
     check_head(actor, name)
-    longest = max(len(tokenizer(prompt).input_ids) for split in (train, test) for prompt in split["prompt"])
-    room = getattr(actor.config, "max_position_embeddings", None)
-    if room and longest + config.max_new_tokens > room:
-        raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens {config.max_new_tokens} "
-                        f"is more than the model's context of {room}; lower --max-new-tokens or shorten the prompts")
-
     if config.critic_size == "actor":
         critic_name, layers = name, 0
     elif critic_name:
@@ -826,6 +847,15 @@ def make_learner(config: Config, task) -> Learner:
     generator = torch.Generator().manual_seed(config.seed)
     critics = [MiniCritic(load_pretrained(AutoModel, critic_name, "--critic-model", layers), generator).to(device)
                for _ in range(config.critics)]
+    longest = max(len(tokenizer(prompt).input_ids) for split in (train, test) for prompt in split["prompt"])
+    for of in (actor.config, *(critic.backbone.config for critic in critics)):
+        room = getattr(of, "max_position_embeddings", None)
+        if room and longest + config.max_new_tokens > room:
+            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
+                            f"{config.max_new_tokens} is more than the model's context of {room}; lower it or shorten prompts")
+        if of.vocab_size < actor.config.vocab_size:
+            raise UserError(f"--critic-model {critic_name}: its vocabulary of {of.vocab_size} is smaller than the "
+                            f"actor's of {actor.config.vocab_size}; the critics must read the actor's tokens")
     # Train mode throughout: all dropout is 0, and gradient checkpointing, where a model has it, needs train mode.
     return Learner(
         config, task, tokenizer, actor.train(), adam(actor, config.lr), [critic.train() for critic in critics],
@@ -848,7 +878,7 @@ def end_ids(model, tokenizer) -> list[int]:
 @torch.no_grad()
 def check_head(model, name: str) -> None:
     """We apply the output head ourselves, in chunks. Refuse a model that does more than that to make its logits."""
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # not just 0: often padding
     ours = model.get_output_embeddings()(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     if not torch.allclose(ours, model(input_ids=tokens, use_cache=False).logits, atol=1e-4, rtol=1e-3):
         raise UserError(f"--model {name}: its logits are not just head(hidden state) (soft-capped or scaled); "
@@ -883,7 +913,7 @@ def train(config: Config, task) -> None:
             error = metrics["first_ratio_error"]
             if error is not None and not error < 1e-3:
                 raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
-                                f"(ratio off by {error:.2g} before any update); its cache, positions or dropout are at fault")
+                                f"(ratio off by {error:.2g} before any update): its cache or positions are at fault")
             if evaluating:
                 metrics["eval_accuracy"] = accuracy = evaluate(learner)
                 tqdm.write(summary(metrics))
@@ -980,7 +1010,8 @@ class TokenStory:
         prompt = batch.tokens[row, :batch.prompt_width][batch.attention[row, :batch.prompt_width].bool()]
         self.prompt, self.score = learner.tokenizer.decode(prompt), float(scores[row])
         self.texts = [learner.tokenizer.decode([t]).replace("\n", "\\n") for t in answer_tokens.tolist()]
-        self.of_token = {k: view[k][row, :length].cpu() for k in ("v_bar", "sigma", "advantages", "adv_keep", "ent_keep")}
+        self.of_token = {name: view[name][row, :length].cpu()
+                         for name in ("v_bar", "sigma", "advantages", "adv_keep", "ent_keep")}
         self.values = view["values"][:, row, :length].cpu()
         self.title = f"{self.prompt}{''.join(self.texts)}   reward {self.score:g}"
 
@@ -997,13 +1028,13 @@ class TokenStory:
         top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         middle.bar(x, of["sigma"].tolist(), color="tab:purple")
         middle.set_ylabel("sigma")
-        bottom.bar(x, of["advantages"].tolist(), color=["tab:green" if keep else "lightgray" for keep in of["adv_keep"]])
+        bottom.bar(x, of["advantages"].tolist(), color=["tab:green" if keep else "silver" for keep in of["adv_keep"]])
         bottom.set_ylabel("advantage\n(gray: masked)")
         for t in x:
             if not of["ent_keep"][t]:
                 middle.axvspan(t - 0.5, t + 0.5, color="tab:orange", alpha=0.25, linewidth=0)
         middle.set_title("orange: sigma among the highest, no entropy bonus", fontsize=9)
-        bottom.set_xticks(x, self.texts, family="monospace")
+        bottom.set_xticks(x, [text.replace("$", r"\$") for text in self.texts], family="monospace")
         bottom.set_xlabel("token of the answer")
         figure.suptitle(self.title.replace("$", r"\$"), family="monospace", fontsize=10)
         figure.savefig(path, dpi=110)
@@ -1068,8 +1099,8 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
 
 
 def profile(config: Config, task, repeats: int = 5) -> None:
-    """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are 0, so the
-    actors stay equal), and each one's floor right after it. Medians over the repeats; ratios are taken within a repeat."""
+    """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are 0, so
+    the actors stay equal), and each one's floor right after it. Medians over the repeats; ratios within a repeat."""
     phases, learners = ("rollout", "critic", "actor"), {}
     for algo in ("asyppo", "grpo", "ppo"):
         changed = replace(config, **{**{key: getattr(Config, key) for preset in PRESETS.values() for key in preset},
@@ -1132,17 +1163,24 @@ def check(config: Config) -> None:
 
     for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "utd", "critic_epochs", "critic_batch",
                  "eval_every", "eval_problems", "micro_batch_tokens"):
-        demand(getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+        demand(getattr(config, name) >= 1,
+               f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     for name in ("critics", "critic_layers", "critic_warmup", "true_values", "seed"):
         demand(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
-    for name in ("temperature", "lr", "critic_lr", "clip"):
-        demand(0 < getattr(config, name) < math.inf,
-               f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(config, name)}")
+    for name in ("lr", "critic_lr", "clip"):
+        demand(0 < getattr(config, name) <= 1,
+               f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(config, name)}")
+    demand(0.01 <= config.temperature <= 100, f"--temperature must be in [0.01, 100], not {config.temperature}")
+    demand(config.seed < 2**40, f"--seed must be below 2**40, not {config.seed}")
     for name in ("gamma", "lam", "critic_lam"):
-        demand(0 <= getattr(config, name) <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(config, name)}")
+        demand(0 <= getattr(config, name) <= 1,
+               f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(config, name)}")
     for name in ("mask_k", "filter_h"):
-        demand(0 <= getattr(config, name) < 1, f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(config, name)}")
-    demand(0 <= config.entropy_coef < math.inf, f"--entropy-coef must not be negative, not {config.entropy_coef}")
+        demand(0 <= getattr(config, name) < 1,
+               f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(config, name)}")
+    demand(0 <= config.entropy_coef <= 100, f"--entropy-coef must be in [0, 100], not {config.entropy_coef}")
+    demand(config.critics > 0 or config.group_size > 1,
+           "--group-size 1 leaves GRPO nothing to compare an answer with; give at least 2")
     demand(config.group_size >= config.critics, f"--group-size {config.group_size} is less than --critics "
            f"{config.critics}: every critic needs an answer of its own to every prompt")
 
@@ -1153,7 +1191,7 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         task = load_task(config.task)
         (profile if config.profile else train)(config, task)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a name too long
         print("asyppo: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

@@ -235,6 +235,7 @@ def test_whiten():
     std = math.sqrt(sum((v - mean) ** 2 for v in valid) / len(valid))
     assert white[mask.bool()].tolist() == pytest.approx([(v - mean) / std for v in valid], abs=1e-6)
     assert (white[mask == 0] == 0).all()
+    assert (asyppo.whiten(torch.full((1, 7), 0.7), torch.ones(1, 7)) == 0).all(), "rounding is not a deviation"
     one = torch.tensor([[1.0, 0.0]])
     assert asyppo.whiten(torch.tensor([[7.0, float("nan")]]), one).tolist() == [[0, 0]], "one token, no NaN"
     assert asyppo.whiten(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [[0, 0]], "no token, no NaN"
@@ -245,6 +246,7 @@ def test_group_advantages():
     found = asyppo.group_advantages(rewards, 4)
     std = math.sqrt(0.25 * 0.75)
     assert found.tolist() == pytest.approx([0.75 / std] + [-0.25 / std] * 3 + [0.0] * 8, abs=1e-5)
+    assert (asyppo.group_advantages(torch.full((7,), 100.1), 7) == 0).all(), "rounding is not a difference"
     assert asyppo.group_advantages(torch.tensor([1.0, 0.0]), 1).tolist() == [0, 0], "groups of one, no NaN"
 
 
@@ -286,6 +288,9 @@ def test_masks_with_ties_without_spread_and_without_tokens(function):
     sigma = torch.tensor([[1.0, extreme, extreme, extreme], [1.0, 1.0, 5.0, -5.0]])
     assert function(sigma, mask, 0.4).tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]], "of equals the first ones"
     assert function(sigma, torch.zeros(2, 4), 0.4).sum() == 0
+    for share in (-0.2, 20):
+        with pytest.raises(ValueError, match="must be a share between 0 and 1"):
+            function(sigma, mask, share)
 
 
 # -------------------------------------------------------------------------------------------------------- 6 Losses
@@ -387,7 +392,20 @@ def test_critic_loss_and_explained_variance():
     assert asyppo.explained_variance(values, returns, mask) == \
         pytest.approx(1 - variance([r - v for v, r in valid]) / variance([r for _, r in valid]))
     assert asyppo.explained_variance(returns, returns, mask) == 1
-    assert math.isnan(asyppo.explained_variance(values, torch.ones(6, 9), mask))
+    assert math.isnan(asyppo.explained_variance(values, torch.full((6, 9), 0.7), mask))
+
+
+def test_half_precision_masks_count_right_and_half_precision_values_add_up_right():
+    x, mask = torch.rand(3, 30000), torch.ones(3, 30000)
+    assert torch.allclose(asyppo.critic_loss(x, x + 1, mask.half()), torch.tensor(1.0))
+    x, mask = torch.rand(2, 257), torch.ones(2, 257)
+    for dtype in (torch.bfloat16, torch.bool, torch.long):
+        kept = [asyppo.policy_loss(x, x, x, x, m, mask, mask, 0.2, 0.1)[0] for m in (mask, mask.to(dtype))]
+        assert torch.allclose(*kept)
+    values = torch.rand(1, 2000).bfloat16()
+    rewards = torch.zeros(1, 2000)
+    rewards[0, -1] = 1
+    assert torch.allclose(asyppo.gae(rewards, values, torch.ones(1, 2000), 1.0, 1.0)[1], torch.ones(1, 2000), atol=1e-3)
 
 
 @pytest.mark.parametrize("name, call", [
@@ -610,9 +628,83 @@ def test_dropout_is_off_weights_are_float32_and_mini_critics_can_be_cut_from_the
     assert asyppo.train_step(learner, 1)[0]["first_ratio_error"] < 1e-4
 
 
-def test_float32_master_weights_keep_small_updates():
-    update = torch.tensor(0.02, dtype=torch.bfloat16) - 1e-5
-    assert float(update) == float(torch.tensor(0.02, dtype=torch.bfloat16)), "why load_pretrained insists on float32"
+def test_every_end_id_a_model_knows_is_found():
+    model, tokenizer = random_model(), toy_task.make_tokenizer()
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
+    assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 1, tokenizer.eos_token_id})
+
+
+def test_the_actors_gradient_is_that_of_the_loss_on_the_whole_batch(tiny, monkeypatch):
+    learner, found = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60, whiten=False), []
+    monkeypatch.setattr(asyppo, "clip_and_step", lambda model, *rest: found.append(
+        (model, [p.grad.clone() for p in model.parameters()])))
+    _, view = asyppo.train_step(learner, 1)
+    batch = view["batch"]
+    model, gradients = found[-1]
+    assert model is learner.actor
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
+    expected = torch.autograd.grad(loss_by_hand(dict(
+        logprobs=logprobs, old_logprobs=batch.logprobs, advantages=view["advantages"], entropy=entropy, mask=batch.mask,
+        adv_keep=view["adv_keep"], ent_keep=view["ent_keep"], clip=0.2, beta=0.1)), list(model.parameters()))
+    assert max(float(g.abs().max()) for g in expected) > 1e-3
+    assert all(torch.allclose(g, e, atol=1e-5) for g, e in zip(gradients, expected))
+    raw, _ = asyppo.gae(view["scores"][:, None] * last_token(batch.mask), view["v_bar"], batch.mask, 1.0, 0.95)
+    assert torch.allclose(view["advantages"], raw, atol=1e-6), "--no-whiten"
+
+
+def last_token(mask):
+    return torch.nn.functional.one_hot(mask.sum(1).long() - 1, mask.shape[1]).float()
+
+
+def test_gradients_are_clipped_and_never_stepped_when_not_finite():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    asyppo.clip_and_step(model, optimizer, "--lr")
+    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+    model.weight.grad = torch.tensor([[float("nan"), 0.0]])
+    before = model.weight.detach().clone()
+    with pytest.raises(asyppo.UserError, match="a gradient is not finite; lower --lr"):
+        asyppo.clip_and_step(model, optimizer, "--lr")
+    assert torch.equal(model.weight, before)
+
+
+def test_passes_over_a_batch(tiny, monkeypatch):
+    steps = {}
+    real = asyppo.clip_and_step
+    monkeypatch.setattr(asyppo, "clip_and_step", lambda m, *a: steps.update({id(m): steps.get(id(m), 0) + 1}) or real(m, *a))
+    learner = learner_of(tiny, utd=3, critic_epochs=5, critic_batch=4)  # a shard of 8 answers: two minibatches an epoch
+    asyppo.train_step(learner, 1)
+    assert [steps[id(m)] for m in (learner.actor, *learner.critics)] == [3, 10, 10]
+
+
+def test_warm_up_is_at_most_half_of_a_run(tiny):
+    learner = learner_of(tiny, critic_warmup=4, steps=2)
+    assert [asyppo.train_step(learner, step)[0]["kl"] is None for step in (1, 2)] == [True, False]
+
+
+def test_a_model_that_scores_differently_from_how_it_samples_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
+    real = asyppo.logprobs_and_entropy
+    for error in (0.01, float("nan")):
+        monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + error for x in real(*a)))
+        assert asyppo.main(arguments(tiny, tmp_path / f"{error}")) == 2
+        assert re.search("scores its own samples differently|not finite", capsys.readouterr().err)
+
+
+def test_a_model_with_capped_logits_is_refused():
+    model = random_model()
+    asyppo.check_head(model, "plain")
+    real = model.forward
+
+    def capped(**inputs):
+        output = real(**inputs)
+        output.logits = output.logits.tanh()
+        return output
+
+    model.forward = capped
+    with pytest.raises(asyppo.UserError, match="soft-capped or scaled"):
+        asyppo.check_head(model, "capped")
 
 
 # ---------------------------------------------------------------------------------------------------- 8 Evaluation
@@ -723,10 +815,14 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--prompts-per-step", "0"], "--prompts-per-step must be at least 1"),
     (["--max-new-tokens", "-5"], "--max-new-tokens must be at least 1"),
     (["--steps", "0"], "--steps must be at least 1"),
-    (["--temperature", "0"], "--temperature must be a finite number above 0"),
+    (["--temperature", "0"], "--temperature must be in [0.01, 100]"),
     (["--lam", "1.5"], "--lam must be in [0, 1]"),
+    (["--critic-layers", "9"], "has only 2"),
+    (["--seed", "10000000000000"], "--seed must be below 2**40"),
+    (["--out", "x" * 300], "File name too long"),
+    ("--algo grpo --group-size 1".split(), "--group-size 1 leaves GRPO nothing to compare"),
     (["--gamma", "nan"], "--gamma must be in [0, 1]"),
-    (["--lr", "inf"], "--lr must be a finite number above 0"),
+    (["--lr", "inf"], "--lr must be in (0, 1]"),
     (["--model", "no/such-model"], "--model no/such-model: no model could be loaded"),
     (["--model", "./no_such_directory"], "--model ./no_such_directory: no model could be loaded"),
     (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: no model could be loaded"),
@@ -744,6 +840,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
      "the prompt of row 1 must be a non-empty string"),
     ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "problems('train') failed: OSError: no disk"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n", "returned nan for problem '1+1='"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e39\n", "returned 1e+39 for problem '1+1='"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() failed on problem '1+1='"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "ZeroDivisionError"),
 ])

@@ -55,7 +55,7 @@ def random_expression(rng: random.Random, min_operations: int = 3, max_operation
 
 
 def split_of(expression: str) -> str:
-    """Which split an expression belongs to: one in eight is held out, decided by its own text, so no problem is ever in both."""
+    """The split of an expression: one in eight is held out, decided by its text, so no problem is ever in both."""
     return "test" if zlib.crc32(expression.encode()) % 8 == 0 else "train"
 
 
@@ -184,3 +184,10 @@ def models() -> tuple[str, str]:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return str(folder / "actor"), str(folder / "critic")
+
+
+if __name__ == "__main__":
+    for sample in problems("train", 0).select(range(5)):
+        print(f"problem {sample['prompt']:15s} answer {sample['answer']}   demonstration "
+              + demonstration(sample["prompt"][:-1], random.Random(sample["prompt"])))
+    print("models: actor {}, mini-critics' base {}".format(*models()))
