@@ -1,6 +1,6 @@
 """AsyPPO in one file: Asymmetric Proximal Policy Optimization (arXiv 2510.01656), to read, to run and to copy from.
 
-PPO trains a language model (the *actor*) with the help of a second network (the *critic*) that foretells, token by
+PPO trains a language model (the *actor*) with the help of a second network (the *critic*) that predicts, token by
 token, how well an answer is going to end. A critic as large as the actor is expensive and, under one reward at the end
 of a long answer, often wrong. GRPO drops it and gives every token of an answer the same credit. AsyPPO keeps credit per
 token and makes it cheap and sturdy:
@@ -9,7 +9,7 @@ token and makes it cheap and sturdy:
   * of every prompt's answers, each mini-critic is trained on its own half, so that the two differ (*disjoint shards*);
   * their mean is the value; their *disagreement* says where to learn. Where they agree most, there is little left to
     learn and the advantage is masked; where they disagree most, exploring is noise and the entropy bonus is filtered.
-    (Not the usual curiosity: there, too, the advantage still teaches, since it holds an observed outcome.)
+    (Curiosity would explore just there. But only the bonus is dropped; the advantage, an observed outcome, stays.)
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
@@ -76,7 +76,7 @@ class Config:
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
-    seed: int = option(0, "of everything random in training; the same seed gives the same metrics")
+    seed: int = option(0, "of all that is random in training; on one CPU machine it repeats the metrics, timings aside")
     # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
     prompts_per_step: int = option(32, "prompts in a batch")
     group_size: int = option(8, "G: answers sampled per prompt")
@@ -119,7 +119,7 @@ class Config:
     # Looking at it.
     eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
-    true_values: int = option(0, "at every evaluation, also estimate the true value of this many of the batch's states")
+    true_values: int = option(0, "with every evaluation but the first, estimate the true value of this many states")
     micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out: the "
                                      "gradient stays the same (sampling always runs a whole batch of answers at once)")
     profile: bool = option(False, "no training: time steps of asyppo, grpo and ppo as preset, and their floor")
@@ -222,9 +222,9 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 
 def states_before(backbone, batch: Rollout) -> torch.Tensor:
-    """Hidden states [B, T, D] that have read (q, o_<t): the last one read the prompt's end for t = 0, and so on.
+    """Hidden states [B, T, D]: the one at t has read (q, o_<t), so the one at t = 0 stands on the prompt's last token.
 
-    One column earlier than the token itself. Both users need exactly this: the actor's head predicts o_t from it, and
+    That is one column before the token itself. Both users need exactly this: the actor's head predicts o_t from it, and
     the critic's head says how good it is to be there, before o_t is known.
     """
     hidden = backbone(input_ids=batch.tokens, attention_mask=batch.attention, position_ids=positions(batch.attention),
@@ -251,15 +251,13 @@ def logprobs_and_entropy(model, batch: Rollout, temperature: float,
     chunk = max(1, chunk_elements // head.weight.shape[0])
     parts = [checkpoint(head_chunk, h, o, use_reentrant=False, preserve_rng_state=False)
              for h, o in zip(hidden.split(chunk), token.split(chunk))]
-    scattered = []
-    for part in zip(*parts):
-        part = torch.cat(part)
-        scattered.append(part.new_zeros(batch.mask.shape).masked_scatter(valid, part))
-    return scattered[0], scattered[1]
+    logprobs, entropy = (torch.cat(pieces) for pieces in zip(*parts))
+    zeros = logprobs.new_zeros(batch.mask.shape)
+    return zeros.masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
 
 
 def microbatches(batch: Rollout, token_budget: int):
-    """Yield row numbers in groups of similar length, each at most `token_budget` tokens wide when padded (or one row).
+    """Yield row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
 
     Every loss below is a mean, over answers or over tokens; weighted by its part of that mean, the gradients of the
     groups add up to the gradient of one big batch, whatever the budget."""
@@ -301,16 +299,16 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
     Every critic gets answers to *every* prompt, but never the same answer as another critic (a split by prompt would
     leave each critic blind to half of the prompts). Which ones is random; how many is even, and where G is not
-    divisible by M the odd answers go round from prompt to prompt.
+    divisible by M the leftover answers go to other critics from prompt to prompt.
 
-    Returns owner [num_prompts * group_size], long, on the CPU (as the generator must be): answer g of prompt p belongs to
-    critic owner[p * group_size + g].
+    Returns owner [num_prompts * group_size], long, on the CPU (as the generator must be): answer g of prompt p belongs
+    to critic owner[p * group_size + g].
     Raises ValueError when there are fewer answers per prompt than critics. Source: the paper's disjoint-shard rule.
     """
     if not 1 <= num_critics <= group_size:
         raise ValueError(f"{group_size} answers per prompt cannot be divided among {num_critics} critics")
-    dealt = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # deal them round
-    shuffle = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)  # but who gets which is random
+    dealt = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # in turn, like cards
+    shuffle = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)  # and which to whom is random
     return dealt.gather(1, shuffle).flatten()
 
 
@@ -401,10 +399,9 @@ def advantage_mask(sigma, mask, k):
 def entropy_filter(sigma, mask, h):
     """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. All [B, T].
 
-    Where the critics disagree most, the state says little about the outcome, so exploring there is noise: these tokens
-    get no entropy bonus. This is not curiosity, which would explore just there: the paper takes a high sigma for a
-    state that tells little about its outcome, where more entropy only makes answers more random. Counted and ranked as
-    in advantage_mask, from the other end. Raises ValueError for an h outside [0, 1].
+    Where the critics disagree most, the paper takes the state to say little about its outcome: more entropy there only
+    makes answers more random, so these tokens get no entropy bonus. (Curiosity would do the opposite.) Counted and
+    ranked as in advantage_mask, from the other end. Raises ValueError for an h outside [0, 1].
     """
     if not 0 <= h <= 1:
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
@@ -494,8 +491,8 @@ class Learner:
 
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
     """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone: an
-    iteration can be repeated without its predecessors. Even numbers for the device, odd ones for the CPU; the factor is
-    above any number of steps, so that no two seeds share an iteration's randomness."""
+    iteration's draws do not depend on what ran before it. Even numbers for the device, odd ones for the CPU; the
+    factor is above any number of steps, so that no two seeds share an iteration's randomness."""
     seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -528,7 +525,7 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, flag: str) -> None:
-    """An optimizer step with the gradient clipped to norm 1; none with a gradient that is not finite."""
+    """An optimizer step with the gradient clipped to norm 1. UserError, and no step, if the gradient is not finite."""
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise UserError(f"training has diverged: a gradient is not finite; lower {flag}")
     optimizer.step()
@@ -572,11 +569,12 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
 
 
 def train_step(learner: Learner, step: int, look_into_values: bool = False) -> tuple[dict, dict]:
-    """One iteration, in the paper's order. Returns the metrics and, for the pictures, the batch with its tensors."""
+    """One iteration, in the paper's order (line numbers are those of the README's table). Returns the metrics and, for
+    the pictures, the batch with its tensors."""
     config, critics, clock = learner.config, learner.critics, Stopwatch(learner.device)
     generator, cpu_generator = generators(learner, step)
 
-    # (1) Sample G answers per prompt with the current policy. The reward sits on the last real token, r_t = 0 before.
+    # (Line 1) Sample G answers per prompt with the policy as it is. The reward sits on the last real token; before, r_t = 0.
     chosen = torch.randperm(len(learner.train_problems), generator=cpu_generator)[:config.prompts_per_step].tolist()
     examples = [learner.train_problems[i] for i in chosen for _ in range(config.group_size)]
     batch, scores = answer(learner, examples, generator)
@@ -585,46 +583,46 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
     seconds_rollout = clock.lap()
 
-    # How well did the critics foretell this batch, before they see it? A measurement; and if critic_lam < 1, what their
+    # How well did the critics predict this batch, before they see it? A measurement; and if critic_lam < 1, what their
     # targets bootstrap from: the ensemble's value before the update, not each critic's own. (The paper is silent.)
     values = critic_values(learner, batch)
     v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
     explained = explained_variance(v_bar, outcome, mask) if critics else None
     seconds_critic = clock.lap()
-    foretold = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
+    predicted = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
     clock.lap()  # this one is not counted
 
-    # (2) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic has just
-    #     been fitted to how it ended and the others have never seen it: part of what sigma measures is just that.
-    #     V_bar, too, has half seen the outcome, which makes advantages a little smaller. The order is the paper's.
+    # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic
+    #     has just been fitted to how it ended and the others have never seen it: part of what sigma measures is just
+    #     that. V_bar, too, has half seen the outcome, which shrinks advantages before whitening. The order is the paper's.
     if critics:
         _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
-        order = cpu_generator.get_state()  # every critic shuffles alike: the data alone is to make them differ
+        order = cpu_generator.get_state()  # all shuffle alike: but for their heads, only data makes them differ
         for m in range(len(critics)):
             mine = torch.ones_like(owner) if config.shared_data else owner == m
             cpu_generator.set_state(order)
             update_critic(learner, m, batch, returns, mine.nonzero()[:, 0], cpu_generator)
 
-        # (3) The corrected advantage: GAE on the ensemble's value, V_bar.
+        # (Lines 4 to 6) The corrected advantage: GAE on the ensemble's value, V_bar.
         values = critic_values(learner, batch)
         v_bar = aggregate(values, config.aggregate)
         advantages, _ = gae(rewards, v_bar, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask) if config.whiten else advantages
-        # (4) The critics' disagreement.
+        # (Line 7) The critics' disagreement.
         sigma = disagreement(values)
     else:
         advantages = group_advantages(scores, config.group_size)[:, None] * mask
         sigma = torch.zeros_like(mask)
 
-    # (5) Two masks from it: learn where the critics do not agree yet, explore where they do not quarrel.
+    # (Lines 8, 9) Two masks from it: learn where the critics do not agree yet, explore where they do not quarrel.
     signals = {"sigma": sigma, "entropy": batch.entropy}
     adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
     seconds_critic += clock.lap()
 
-    # (6) The actor: utd steps of clipped policy gradient on the same batch.
+    # (Lines 10 to 12) The actor: utd steps of clipped policy gradient on the same batch.
     warming_up = bool(critics) and step <= min(config.critic_warmup, config.steps // 2)
     passes = [] if warming_up else update_actor(learner, batch, advantages, adv_keep, ent_keep)
     seconds_actor = clock.lap()
@@ -644,7 +642,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
         "first_ratio_error": passes[0]["ratio_error"] if passes else None,
         "explained_variance": explained, "sigma_mean": mean(sigma), "masked_share": 1 - mean(adv_keep),
         "filtered_share": 1 - mean(ent_keep), "seconds_rollout": seconds_rollout, "seconds_critic": seconds_critic,
-        "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **foretold,
+        "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **predicted,
     }
     view = {"batch": batch, "scores": scores, "values": values, "v_bar": v_bar, "sigma": sigma,
             "advantages": advantages, "adv_keep": adv_keep, "ent_keep": ent_keep}
@@ -662,8 +660,8 @@ def sampling_batch(config: Config) -> int:
 
 def evaluate(learner: Learner) -> float:
     """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
-    training temperature: the policy as it is. The same random numbers every time, so that two evaluations differ by the
-    policy and less by luck."""
+    training temperature: the policy as it is. Always the same seed, so that an unchanged
+    policy gets the same number twice."""
     generator, _ = generators(learner, -1)
     examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
     size = sampling_batch(learner.config)
@@ -674,11 +672,11 @@ def evaluate(learner: Learner) -> float:
 
 def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples: list[dict], count: int,
                 continuations: int = 64) -> dict:
-    """How far could values be foretold at all, and how far did the critics get? Slow: for looking only.
+    """How far could values be predicted at all, and how far did the critics get? Slow: for looking only.
 
     The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For
     `count` states drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return
-    is then E[Var(R | s)], which nobody can foretell, plus Var(V). Returned, corrected for the finite number of endings:
+    is then E[Var(R | s)], which nobody can predict, plus Var(V). Returned, corrected for the finite number of endings:
     true_explained = Var(V) / Var(R), what a perfect critic would explain;
     critic_explained = what V_bar explains on the same states, and value_error, its root mean square error against V.
     """
@@ -851,8 +849,8 @@ def make_learner(config: Config, task) -> Learner:
     for of in (actor.config, *(critic.backbone.config for critic in critics)):
         room = getattr(of, "max_position_embeddings", None)
         if room and longest + config.max_new_tokens > room:
-            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
-                            f"{config.max_new_tokens} is more than the model's context of {room}; lower it or shorten prompts")
+            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens {config.max_new_tokens} "
+                            f"exceeds the model's context of {room}; lower it or shorten the prompts")
         if of.vocab_size < actor.config.vocab_size:
             raise UserError(f"--critic-model {critic_name}: its vocabulary of {of.vocab_size} is smaller than the "
                             f"actor's of {actor.config.vocab_size}; the critics must read the actor's tokens")
@@ -1033,7 +1031,7 @@ class TokenStory:
         for t in x:
             if not of["ent_keep"][t]:
                 middle.axvspan(t - 0.5, t + 0.5, color="tab:orange", alpha=0.25, linewidth=0)
-        middle.set_title("orange: sigma among the highest, no entropy bonus", fontsize=9)
+        middle.set_title("orange: no entropy bonus", fontsize=9)
         bottom.set_xticks(x, [text.replace("$", r"\$") for text in self.texts], family="monospace")
         bottom.set_xlabel("token of the answer")
         figure.suptitle(self.title.replace("$", r"\$"), family="monospace", fontsize=10)

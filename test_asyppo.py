@@ -827,7 +827,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--model", "./no_such_directory"], "--model ./no_such_directory: no model could be loaded"),
     (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: no model could be loaded"),
     (["--task", "no_such_task.py"], "--task no_such_task.py: no such file"),
-    (["--max-new-tokens", "300"], "more than the model's context of 256"),
+    (["--max-new-tokens", "300"], "exceeds the model's context of 256"),
     (["--prompts-per-step", "5000"], "has 4096 rows, but 5000 are needed"),
     ("this is no python", "importing it failed: SyntaxError"),
     ("raise RuntimeError('boom')", "importing it failed: RuntimeError: boom"),
