@@ -574,7 +574,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     config, critics, clock = learner.config, learner.critics, Stopwatch(learner.device)
     generator, cpu_generator = generators(learner, step)
 
-    # (Line 1) Sample G answers per prompt with the policy as it is. The reward sits on the last real token; before, r_t = 0.
+    # (Line 1) Sample G answers per prompt. The reward sits on the last real token of each; before, r_t = 0.
     chosen = torch.randperm(len(learner.train_problems), generator=cpu_generator)[:config.prompts_per_step].tolist()
     examples = [learner.train_problems[i] for i in chosen for _ in range(config.group_size)]
     batch, scores = answer(learner, examples, generator)
@@ -595,7 +595,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
 
     # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic
     #     has just been fitted to how it ended and the others have never seen it: part of what sigma measures is just
-    #     that. V_bar, too, has half seen the outcome, which shrinks advantages before whitening. The order is the paper's.
+    #     that. V_bar, too, has half seen the outcome, which shrinks advantages. The order is the paper's.
     if critics:
         _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
@@ -849,8 +849,8 @@ def make_learner(config: Config, task) -> Learner:
     for of in (actor.config, *(critic.backbone.config for critic in critics)):
         room = getattr(of, "max_position_embeddings", None)
         if room and longest + config.max_new_tokens > room:
-            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens {config.max_new_tokens} "
-                            f"exceeds the model's context of {room}; lower it or shorten the prompts")
+            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
+                            f"{config.max_new_tokens} exceeds the model's context of {room}; shorten either")
         if of.vocab_size < actor.config.vocab_size:
             raise UserError(f"--critic-model {critic_name}: its vocabulary of {of.vocab_size} is smaller than the "
                             f"actor's of {actor.config.vocab_size}; the critics must read the actor's tokens")
