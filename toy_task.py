@@ -1,15 +1,16 @@
 """A toy task for asyppo.py: chains of one-digit arithmetic, and tiny language models that half know how to do them.
 
-    problem   5-8+9*3=                          3 to 6 terms, from left to right, only the last digit kept
+    problem   5-8+9*3=                          4 to 7 terms, from left to right, modulo 10 (so 5-8=7)
     careful   5-8=7;7+9=6;6*3=8#8               one operation a step; every step can be checked where it stands
-    hasty     5-8+9=6;6*3=8#8                   swallows two or more operations at once: too much for a tiny model
-    a slip    5-8=1!5-8=7;7+9=6;6*3=8#8         seen ("!") and redone, or not seen and carried on to the end
+    hasty     5-8+9*3=1#1                       three or more operations a step: too much for a tiny model
+    mended    5-8+9*3=4!5-8=7;7+9=6;6*3=8#8     the haste is seen ("!"), the step redone with care
     reward    1 if the answer ends in "#" and the right digit, else 0
 
-The models are pretrained on demonstrations of all these habits, mostly hasty, so greedy decoding is usually wrong and
-there is something to learn beyond sharpening: leave hasty steps, slip less, mend what slipped. And because one token
-decides ("5-8" then "=" or "+"), the value of a state swings early and visibly, which is what a critic needs.
-A mistake never cancels by luck: `*` is only followed by 3, 7 or 9, which can be undone modulo 10.
+The models are pretrained on such demonstrations, all of them correct and most of them hasty. So greedy decoding is
+usually wrong, and there is more to learn than sharpening: take small steps, or mend. And because one token decides
+("5-8" then "=" or "+"), the value of a state swings early and visibly, which is what a critic needs to be of use.
+(Planted slips in single steps did not do: models this small never learn to notice them.) A mistake never cancels by
+luck: `*` is only followed by 3, 7 or 9, which can be undone modulo 10.
 
 This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all it needs; `models` is
 an extra that spares the toy a `--model`. `python toy_task.py` shows problems, demonstrations and the pretrained models.
@@ -83,7 +84,7 @@ def reward(response: str, example: dict) -> float:
 
 # --------------------------------------------------------------------------------------------------- demonstrations
 
-HASTY = 0.8  # share of solvers who swallow two or more operations a step, as long as there are two
+HASTY = 0.8  # share of solvers who swallow three or more operations a step, or all that are left
 SEEN = 0.15  # share of their steps after which they see it ("!"), redo the step and are careful from there on
 
 
