@@ -941,7 +941,8 @@ def as_json(row: dict) -> str:
 def summary(metrics: dict) -> str:
     names = dict(reward="reward", explained_variance="explained", sigma_mean="sigma", entropy="entropy",
                  response_length="length", true_explained="true values explain", critic_explained="critics on the same")
-    shown = [f"{label} {metrics[key]:.3g}" for key, label in names.items() if metrics.get(key) is not None]
+    shown = [f"{label} {metrics[key]:.3g}" for key, label in names.items()
+             if metrics.get(key) is not None and math.isfinite(metrics[key])]
     return f"step {metrics['step']:4d}  held-out accuracy {metrics['eval_accuracy']:.3f}  " + "  ".join(shown)
 
 

@@ -312,8 +312,9 @@ def loss_by_hand(i):
         length, answer = int(i["mask"][b].sum()), 0.0
         for t in range(length):
             ratio, advantage = torch.exp(i["logprobs"][b, t] - i["old_logprobs"][b, t]), float(i["advantages"][b, t])
-            clipped = min(max(float(ratio), 1 - i["clip"]), 1 + i["clip"])
-            surrogate = ratio * advantage if float(ratio) * advantage <= clipped * advantage else clipped * advantage
+            value = float(ratio.detach())
+            clipped = min(max(value, 1 - i["clip"]), 1 + i["clip"])
+            surrogate = ratio * advantage if value * advantage <= clipped * advantage else clipped * advantage
             answer = answer + i["adv_keep"][b, t] * surrogate + i["beta"] * i["ent_keep"][b, t] * i["entropy"][b, t]
         total = total + (answer / length if length else 0.0)
     return -total / len(i["mask"])
