@@ -616,7 +616,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
         advantages = group_advantages(scores, config.group_size)[:, None] * mask
         sigma = torch.zeros_like(mask)
 
-    # (Lines 8, 9) Two masks from it: learn where the critics do not agree yet, explore where they do not quarrel.
+    # (Lines 8, 9) Two masks from it: learn where the critics do not agree yet, explore where they are not far apart.
     signals = {"sigma": sigma, "entropy": batch.entropy}
     adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
@@ -1080,7 +1080,6 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
                 if backward:
                     output.mean().backward()
 
-    clock.lap()
     for critic in learner.critics:
         for _ in range(2):  # valued before and after the update
             forward(critic.backbone, batch, backward=False)

@@ -169,12 +169,11 @@ def models() -> tuple[str, str]:
         beside = Path(tempfile.mkdtemp(dir=CACHE, prefix="unfinished-"))
         try:
             tokenizer = make_tokenizer()
-            for name, recipe in TINY.items():
+            for name, tiny in TINY.items():
                 with torch.random.fork_rng():  # the caller's random state stays what it was, cached or not
                     torch.manual_seed(0)
-                    shape = {k: recipe[k] for k in ("width", "layers", "heads")}
-                    model = make_model(tokenizer, **shape)
-                    pretrain(model, tokenizer, name, recipe["steps"], recipe["lr"])
+                    model = make_model(tokenizer, tiny["width"], tiny["layers"], tiny["heads"])
+                    pretrain(model, tokenizer, name, tiny["steps"], tiny["lr"])
                 model.save_pretrained(beside / name)
                 tokenizer.save_pretrained(beside / name)
             try:
