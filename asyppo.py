@@ -39,12 +39,16 @@ flag, the others are one line to change.
 Deliberately left out: a KL penalty to a reference model, value clipping, more than one device, anything asynchronous.
 """
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -116,12 +120,15 @@ class Config:
     entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)")
     filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus")
     filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy"])
-    # Looking at it.
+    # Looking at it, and never losing it.
     eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "with every evaluation but the first, estimate the true value of this many states")
     micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out: the "
                                      "gradient stays the same (sampling always runs a whole batch of answers at once)")
+    checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only when "
+                                       "stopped by Ctrl-C or SIGTERM)")
+    resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
     profile: bool = option(False, "no training: time steps of asyppo, grpo and ppo as preset, and their floor")
 
 
@@ -138,6 +145,10 @@ PRESETS = {
 
 class UserError(Exception):
     """Something the user can mend. main() prints it as one line and exits with code 2."""
+
+
+class Diverged(UserError):
+    """Numbers that are no numbers any more. Raised before they reach the weights."""
 
 
 # ================================================================================================== 2 Rollouts
@@ -199,7 +210,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                                   past_key_values=cache, use_cache=True)
         logits = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float() / temperature
         if logits.isnan().any():
-            raise UserError("training has diverged: the actor's logits are not numbers; lower --lr")
+            raise Diverged("the actor's logits are not numbers: lower --lr")
         logp = logits.log_softmax(-1)  # [alive, V]
         token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
         tokens[alive, P + t] = token
@@ -483,6 +494,7 @@ class Learner:
     test_problems: object
     end_ids: list[int]
     pad_id: int
+    view: dict = field(default_factory=dict)  # the last iteration's batch and tensors, for pictures and diagnosis
 
     @property
     def device(self) -> torch.device:
@@ -524,10 +536,12 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
     return values.mean(dim=0) if how == "mean" else values.min(dim=0).values
 
 
-def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, flag: str) -> None:
-    """An optimizer step with the gradient clipped to norm 1. UserError, and no step, if the gradient is not finite."""
-    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
-        raise UserError(f"training has diverged: a gradient is not finite; lower {flag}")
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[torch.Tensor], flag: str) -> None:
+    """An optimizer step with the gradient clipped to norm 1. If the loss or the gradient is not finite: Diverged, and
+    no step."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.stack([norm, *losses]).isfinite().all():
+        raise Diverged(f"a loss or a gradient is not finite: lower {flag}")
     optimizer.step()
 
 
@@ -537,13 +551,14 @@ def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tenso
     for _ in range(config.critic_epochs):
         order = shard[torch.randperm(len(shard), generator=generator).to(shard.device)]
         for rows in order.split(config.critic_batch):
-            minibatch = batch.rows(rows)
+            minibatch, losses = batch.rows(rows), []
             optimizer.zero_grad()
             for index in microbatches(minibatch, config.micro_batch_tokens):
                 part = minibatch.rows(index)
                 loss = critic_loss(critic(part), returns[rows[index], :part.mask.shape[1]], part.mask)
                 (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
-            clip_and_step(critic, optimizer, "--critic-lr")
+                losses.append(loss.detach())
+            clip_and_step(critic, optimizer, losses, "--critic-lr")
 
 
 def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_keep) -> list[dict]:
@@ -551,7 +566,7 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
     config, passes = learner.config, []
     for _ in range(config.utd):
         learner.actor_optimizer.zero_grad()
-        collected = {"ratio_error": [], "clip_fraction": [], "kl": []}
+        collected, losses = {"ratio_error": [], "clip_fraction": [], "kl": []}, []
         for index in microbatches(batch, config.micro_batch_tokens):
             part = batch.rows(index)
             of_part = (index, slice(part.mask.shape[1]))
@@ -559,20 +574,22 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
             loss, stats = policy_loss(logprobs, part.logprobs, advantages[of_part], entropy, part.mask,
                                       adv_keep[of_part], ent_keep[of_part], config.clip, config.entropy_coef)
             (loss * len(index) / len(batch.mask)).backward()  # its part of the mean over answers
+            losses.append(loss.detach())
             share = part.mask.sum() / batch.mask.sum()  # and of the means over tokens
             for name, value in stats.items():
                 collected[name].append(value if name == "ratio_error" else value * share)
-        clip_and_step(learner.actor, learner.actor_optimizer, "--lr")
+        clip_and_step(learner.actor, learner.actor_optimizer, losses, "--lr")
         passes.append({name: float(torch.stack(values).max() if name == "ratio_error" else sum(values))
                        for name, values in collected.items()})
     return passes
 
 
-def train_step(learner: Learner, step: int, look_into_values: bool = False) -> tuple[dict, dict]:
-    """One iteration, in the paper's order (line numbers are those of the README's table). Returns the metrics and, for
-    the pictures, the batch with its tensors."""
+def train_step(learner: Learner, step: int, look_into_values: bool = False) -> dict:
+    """One iteration, in the paper's order (line numbers are those of the README's table). Returns the metrics; the
+    batch and its tensors stay in learner.view."""
     config, critics, clock = learner.config, learner.critics, Stopwatch(learner.device)
     generator, cpu_generator = generators(learner, step)
+    learner.view = {}
 
     # (Line 1) Sample G answers per prompt. The reward sits on the last real token of each; before, r_t = 0.
     chosen = torch.randperm(len(learner.train_problems), generator=cpu_generator)[:config.prompts_per_step].tolist()
@@ -581,6 +598,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     mask = batch.mask
     rewards = torch.zeros_like(mask)
     rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
+    learner.view.update(batch=batch, scores=scores)
     seconds_rollout = clock.lap()
 
     # How well did the critics predict this batch, before they see it? A measurement; and if critic_lam < 1, what their
@@ -589,6 +607,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
     explained = explained_variance(v_bar, outcome, mask) if critics else None
+    learner.view.update(values=values, v_bar=v_bar)
     seconds_critic = clock.lap()
     predicted = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
     clock.lap()  # this one is not counted
@@ -620,10 +639,12 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     signals = {"sigma": sigma, "entropy": batch.entropy}
     adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
+    learner.view.update(values=values, v_bar=v_bar, sigma=sigma, advantages=advantages, adv_keep=adv_keep,
+                        ent_keep=ent_keep)
     seconds_critic += clock.lap()
 
     # (Lines 10 to 12) The actor: utd steps of clipped policy gradient on the same batch.
-    warming_up = bool(critics) and step <= min(config.critic_warmup, config.steps // 2)
+    warming_up = bool(critics) and step <= config.critic_warmup
     passes = [] if warming_up else update_actor(learner, batch, advantages, adv_keep, ent_keep)
     seconds_actor = clock.lap()
 
@@ -632,7 +653,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
     def mean(x):
         return float((x * mask).sum() / tokens)
 
-    metrics = {
+    return {
         "step": step, "reward": float(scores.mean()), "eval_accuracy": None,
         "response_length": float(mask.sum(1).mean()), "truncated_share": float(batch.truncated.float().mean()),
         "entropy": mean(batch.entropy),
@@ -644,9 +665,6 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> t
         "filtered_share": 1 - mean(ent_keep), "seconds_rollout": seconds_rollout, "seconds_critic": seconds_critic,
         "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **predicted,
     }
-    view = {"batch": batch, "scores": scores, "values": values, "v_bar": v_bar, "sigma": sigma,
-            "advantages": advantages, "adv_keep": adv_keep, "ent_keep": ent_keep}
-    return metrics, view
 
 
 # ================================================================================================== 8 Evaluation
@@ -883,49 +901,156 @@ def check_head(model, name: str) -> None:
                         "such models are not supported")
 
 
-def train(config: Config, task) -> None:
-    """A whole run: every iteration, everything that is printed, everything that is left in config.out."""
+def train(config: Config, task) -> int:
+    """A whole run: every iteration, all that is printed, all that is left in config.out. Returns the exit code."""
     out = Path(config.out)
-    if (out / "config.json").exists() or (out / "metrics.jsonl").exists():
-        raise UserError(f"{out} already holds a run; give another directory with --out, or delete that one")
+    if not config.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
+        raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another directory (--out)")
     learner = make_learner(config, task)
+    rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
+    if rows and rows[-1]["step"] >= config.steps:
+        raise UserError(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1).encode())
+        write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)).encode())  # steps after the checkpoint go
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})")
     print(f"{config.algo}: actor {size_of(learner.actor)}, "
           + (f"{len(learner.critics)} x critic {size_of(learner.critics[0])}" if learner.critics else "no critic")
           + f", on {learner.device.type}; leaves everything in {out}")
+    go_on = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(out))}"
 
-    rows, accuracy = [], evaluate(learner)
-    before = {"step": 0, "eval_accuracy": accuracy}  # before any training; its other columns are null
-    tqdm.write(f"step {0:4d}  held-out accuracy {accuracy:.3f}")
-    with open(out / "metrics.jsonl", "w") as log, tqdm(total=config.steps, desc=config.algo) as bar:
-        for step in range(1, config.steps + 1):
-            evaluating = step % config.eval_every == 0 or step == config.steps
-            metrics, view = train_step(learner, step, look_into_values=evaluating and config.true_values > 0)
-            if step == 1:
-                rows.append({key: before.get(key) for key in metrics})
-                log.write(as_json(rows[0]))
-            error = metrics["first_ratio_error"]
-            if error is not None and not error < 1e-3:
-                raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
-                                f"(ratio off by {error:.2g} before any update): its cache or positions are at fault")
-            if evaluating:
-                metrics["eval_accuracy"] = accuracy = evaluate(learner)
-                tqdm.write(summary(metrics))
-            rows.append(metrics)
-            log.write(as_json(metrics))
-            log.flush()
-            bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
-            bar.update()
+    with open(out / "metrics.jsonl", "a") as log, finish_the_step() as signals:
+        accuracy = next((row["eval_accuracy"] for row in reversed(rows) if row["eval_accuracy"] is not None), None)
+        if accuracy is None:
+            accuracy = evaluate(learner)
+            tqdm.write(f"step {0:4d}  held-out accuracy {accuracy:.3f}")
+        start = rows[-1]["step"] if rows else 0
+        with tqdm(total=config.steps, initial=start, desc=config.algo) as bar:
+            for step in range(start + 1, config.steps + 1):
+                evaluating = step % config.eval_every == 0 or step == config.steps
+                try:
+                    metrics = train_step(learner, step, look_into_values=evaluating and config.true_values > 0)
+                except Diverged as error:
+                    write_whole(out / "diverged.json", json.dumps(diagnosis(learner, step, error), indent=1).encode())
+                    raise UserError(f"step {step}: training has diverged, {error} in a new run; what the batch looked "
+                                    f"like is in {out}/diverged.json")
+                if step == 1:  # before any training; the other columns are null
+                    rows.append(dict.fromkeys(metrics) | {"step": 0, "eval_accuracy": accuracy})
+                    log.write(as_json(rows[0]))
+                error = metrics["first_ratio_error"]
+                if error is not None and not error < 1e-3:
+                    raise UserError(f"step {step}: the model scores its own samples differently from how it sampled "
+                                    f"them (ratio off by {error:.2g} before any update): its cache or positions are at "
+                                    "fault")
+                if evaluating:
+                    metrics["eval_accuracy"] = accuracy = evaluate(learner)
+                    tqdm.write(summary(metrics))
+                rows.append(metrics)
+                log.write(as_json(metrics))
+                log.flush()
+                bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
+                bar.update()
+                if signals or (config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps):
+                    save_checkpoint(learner, rows, out / "checkpoint.pt")
+                if signals:
+                    bar.close()
+                    print(f"stopped after step {step} of {config.steps}; to go on: {go_on}")
+                    return 128 + signals[0]
     save(learner, out)
     plot_curves(rows, out / "curves.png")
-    story = TokenStory(learner, view)
+    story = TokenStory(learner)
     story.plot(out / "tokens.png")
+    if config.checkpoint_every:  # after all else: a run that is stopped while it leaves its results goes on before them
+        save_checkpoint(learner, rows, out / "checkpoint.pt")
     story.print()
     print(f"held-out accuracy {rows[0]['eval_accuracy']:.3f} -> {accuracy:.3f}; see {out}/curves.png and tokens.png")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- checkpoints and diagnosis
+
+
+@contextlib.contextmanager
+def finish_the_step():
+    """Ctrl-C and SIGTERM leave their number in the list that this yields; train() looks into it after every iteration.
+    A second one stops at once."""
+    signals = []
+
+    def note(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        tqdm.write("stopping after this step; once more to stop at once (back to the last checkpoint)")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_whole(path: Path, content) -> None:
+    """Write bytes, or what torch.save takes, beside `path` and move it there: a crash leaves the old or the new."""
+    beside = path.with_name(path.name + ".unfinished")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def parts_of(learner: Learner) -> list:
+    return [learner.actor, learner.actor_optimizer, *learner.critics, *learner.critic_optimizers]
+
+
+def save_checkpoint(learner: Learner, rows: list[dict], path: Path) -> None:
+    """All that a run is, but for its arguments (config.json): weights, optimizers and the metrics so far. The last
+    row's step is the place in the run, and from it and the seed generators() makes every random state."""
+    try:
+        write_whole(path, {"rows": rows, "parts": [part.state_dict() for part in parts_of(learner)]})
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
+        raise UserError(f"the checkpoint of step {rows[-1]['step']} could not be written to {path} "
+                        f"({first_line(error)}); an earlier one is kept. Make room, then --resume {path.parent}")
+
+
+def load_checkpoint(learner: Learner, path: Path) -> list[dict]:
+    """Put a checkpoint's state into the learner and return the rows of its metrics; without a checkpoint, none."""
+    if not path.exists():
+        return []
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # checks all sums
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        state = None
+    if state is None:
+        raise UserError(f"{path} is damaged; put back a copy, or delete it and --resume starts from the first step")
+    try:
+        for part, saved in zip(parts_of(learner), state["parts"], strict=True):
+            part.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint of this run's models ({first_line(error)})")
+    return state["rows"]
+
+
+def diagnosis(learner: Learner, step: int, error: Exception) -> dict:
+    """What a batch looked like in which training diverged. Tensors over the valid tokens; scores over the answers."""
+    report, view = {"step": step, "error": str(error)}, learner.view
+    if "batch" in view:
+        batch = view["batch"]
+        tensors = {**view, "old_logprobs": batch.logprobs, "entropy": batch.entropy}
+        for name in tensors.keys() - {"batch"}:
+            x = tensors[name][..., batch.mask.bool()] if tensors[name].ndim > 1 else tensors[name]
+            finite = x[x.isfinite()]
+            report[name] = {"not_finite": int((~x.isfinite()).sum()), **{
+                f: float(getattr(finite, f)()) if len(finite) else None for f in ("min", "mean", "max")}}
+        report["answers"] = [[text, float(score)] for text, score in zip(texts_of(learner, batch), view["scores"])]
+    return report
 
 
 def size_of(model: nn.Module) -> str:
@@ -999,7 +1124,8 @@ class TokenStory:
 
     Of the wrong answers (else of all), the one in which V_bar falls furthest: a mistake that the critics have seen."""
 
-    def __init__(self, learner: Learner, view: dict):
+    def __init__(self, learner: Learner):
+        view = learner.view
         batch, scores, v_bar = view["batch"], view["scores"], view["v_bar"]
         falls = (v_bar.cummax(dim=1).values - v_bar) * batch.mask
         wrong = scores < scores.max()
@@ -1107,8 +1233,8 @@ def profile(config: Config, task, repeats: int = 5) -> None:
     times = {algo: [] for algo in learners}
     for repeat in range(repeats + 1):
         for algo, learner in learners.items():
-            metrics, view = train_step(learner, step=repeat + 1)
-            spent, floor = [metrics[f"seconds_{p}"] for p in phases], floor_seconds(learner, view["batch"])
+            metrics = train_step(learner, step=repeat + 1)
+            spent, floor = [metrics[f"seconds_{p}"] for p in phases], floor_seconds(learner, learner.view["batch"])
             if repeat:  # the first one warms up
                 times[algo].append([*spent, sum(spent), *(floor[p] for p in phases), sum(floor.values())])
     print(f"{'seconds':8s}" + "".join(f"{p:>9s}" for p in (*phases, "step")) + "   floor:"
@@ -1130,6 +1256,10 @@ def spread(ratios: torch.Tensor) -> str:
 # --------------------------------------------------------------------------------------------------- command line
 
 
+# What a run may go on with changed: how long it is, how it is watched, how it is cut up to fit into memory.
+MAY_CHANGE = {"steps", "eval_every", "eval_problems", "true_values", "micro_batch_tokens", "checkpoint_every"}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -1147,10 +1277,26 @@ def parse(argv: list[str] | None) -> Config:
             parser.add_argument(flag, type=type(f.default), default=f.default, choices=f.metadata.get("choices"),
                                 metavar="|".join(f.metadata.get("choices", [])) or type(f.default).__name__.upper(),
                                 help=text + shown)
-    algo = parser.parse_args(argv).algo
-    parser.set_defaults(**PRESETS[algo])
+    given = parser.parse_args(argv)
+    if not given.resume:
+        parser.set_defaults(**PRESETS[given.algo])
+        config = Config(**vars(parser.parse_args(argv)))
+        return replace(config, out=config.out or f"runs/{config.algo}-{config.seed}",
+                       critic_warmup=min(config.critic_warmup, config.steps // 2))
+    path = Path(given.resume) / "config.json"
+    try:
+        saved = asdict(Config(**json.loads(path.read_text()))) | {"out": given.resume, "resume": given.resume}
+    except OSError as error:
+        raise UserError(f"--resume {given.resume}: no run is there, {path} cannot be read ({error.strerror})")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--resume {given.resume}: {path} does not hold a run's flags ({error})")
+    parser.set_defaults(**saved)
     config = Config(**vars(parser.parse_args(argv)))
-    return replace(config, out=config.out or f"runs/{config.algo}-{config.seed}")
+    changed = [key for key in saved if getattr(config, key) != saved[key] and key not in MAY_CHANGE]
+    if changed:
+        raise UserError("--resume goes on with the run as it was begun; leave out --"
+                        + ", --".join(changed).replace("_", "-"))
+    return config
 
 
 def check(config: Config) -> None:
@@ -1163,7 +1309,7 @@ def check(config: Config) -> None:
                  "eval_every", "eval_problems", "micro_batch_tokens"):
         demand(getattr(config, name) >= 1,
                f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
-    for name in ("critics", "critic_layers", "critic_warmup", "true_values", "seed"):
+    for name in ("critics", "critic_layers", "critic_warmup", "true_values", "seed", "checkpoint_every"):
         demand(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
     for name in ("lr", "critic_lr", "clip"):
         demand(0 < getattr(config, name) <= 1,
@@ -1188,11 +1334,13 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         check(config)
         task = load_task(config.task)
-        (profile if config.profile else train)(config, task)
+        return (profile if config.profile else train)(config, task) or 0
     except (UserError, OSError) as error:  # OSError: a full disk, a name too long
         print("asyppo: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("asyppo: stopped; a run that has begun goes on with --resume and its directory", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 import inspect
 import json
 import math
+import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -486,7 +489,8 @@ def test_each_critic_learns_from_its_own_shard_before_the_batch_is_valued(tiny, 
     monkeypatch.setattr(asyppo, "update_critic", update_critic)
     monkeypatch.setattr(asyppo, "gae", lambda *a: calls.append(("gae", *a)) or real_gae(*a))
     monkeypatch.setattr(asyppo, "update_actor", lambda *a: calls.append("actor") or real_actor(*a))
-    _, view = asyppo.train_step(learner, 1)
+    asyppo.train_step(learner, 1)
+    view = learner.view
     assert [c if isinstance(c, str) else "gae" for c in calls] == ["gae", "gae", "critic 0", "critic 1", "gae", "actor"]
     assert shards[0] & shards[1] == set() and shards[0] | shards[1] == set(range(16))
     assert all(len({row for row in shards[m] if row // 4 == p}) == 2 for m in (0, 1) for p in range(4))
@@ -507,7 +511,8 @@ def test_shared_data_and_minimum(tiny, monkeypatch):
     real = asyppo.update_critic
     monkeypatch.setattr(asyppo, "update_critic", lambda *a: seen.append(len(a[4])) or real(*a))
     learner = learner_of(tiny, shared_data=True, aggregate="min")
-    _, view = asyppo.train_step(learner, 1)
+    asyppo.train_step(learner, 1)
+    view = learner.view
     assert seen == [16, 16]
     assert torch.equal(view["v_bar"], torch.minimum(view["values"][0], view["values"][1]))
 
@@ -516,29 +521,33 @@ def test_critics_target_is_the_monte_carlo_return_unless_asked_otherwise(tiny, m
     targets = []
     real = asyppo.update_critic
     monkeypatch.setattr(asyppo, "update_critic", lambda *a: targets.append((a[2], a[3])) or real(*a))
-    _, view = asyppo.train_step(learner_of(tiny), 1)
+    learner = learner_of(tiny)
+    asyppo.train_step(learner, 1)
+    view = learner.view
     batch, returns = targets[0]
     assert torch.allclose(returns, view["scores"][:, None] * batch.mask, atol=1e-5)
-    _, view = asyppo.train_step(learner_of(tiny, critic_lam=0.5), 1)
+    learner = learner_of(tiny, critic_lam=0.5)
+    asyppo.train_step(learner, 1)
+    view = learner.view
     assert not torch.allclose(targets[-1][1], view["scores"][:, None] * batch.mask, atol=1e-3)
 
 
 def test_warm_up_trains_critics_alone(tiny):
     learner = learner_of(tiny, critic_warmup=1)
     before = weights(learner.actor), weights(learner.critics[0])
-    metrics, _ = asyppo.train_step(learner, 1)
+    metrics = asyppo.train_step(learner, 1)
     assert torch.equal(weights(learner.actor), before[0]) and not torch.equal(weights(learner.critics[0]), before[1])
     assert metrics["kl"] is None
-    metrics, _ = asyppo.train_step(learner, 2)
+    metrics = asyppo.train_step(learner, 2)
     assert not torch.equal(weights(learner.actor), before[0]) and metrics["kl"] > 0
 
 
 def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
     for changes in (dict(temperature=0.8), dict(utd=1)):
-        metrics, _ = asyppo.train_step(learner_of(tiny, **changes), 1)
+        metrics = asyppo.train_step(learner_of(tiny, **changes), 1)
         assert metrics["first_ratio_error"] < 1e-4
     assert metrics["kl"] < 1e-9, "with utd 1 there is only the first pass"
-    metrics, _ = asyppo.train_step(learner_of(tiny, lr=1e-2), 1)
+    metrics = asyppo.train_step(learner_of(tiny, lr=1e-2), 1)
     assert metrics["first_ratio_error"] < 1e-4 and metrics["kl"] > 1e-6 and metrics["clip_fraction"] > 0
 
 
@@ -560,7 +569,8 @@ def test_masks_reach_the_loss(tiny, monkeypatch):
     learner, seen = learner_of(tiny, mask_k=0.3, filter_h=0.4, filter_by="entropy", entropy_coef=0.5), []
     real = asyppo.policy_loss
     monkeypatch.setattr(asyppo, "policy_loss", lambda *a: seen.append(a) or real(*a))
-    metrics, view = asyppo.train_step(learner, 1)
+    metrics = asyppo.train_step(learner, 1)
+    view = learner.view
     tokens = int(view["batch"].mask.sum())
     assert metrics["masked_share"] == pytest.approx(int(0.3 * tokens) / tokens, abs=1e-6)
     assert metrics["filtered_share"] == pytest.approx(int(0.4 * tokens) / tokens, abs=1e-6)
@@ -574,7 +584,8 @@ def test_masks_reach_the_loss(tiny, monkeypatch):
 
 def test_grpo_gives_every_token_its_answers_group_advantage(tiny):
     learner = learner_of(tiny, critics=0)
-    metrics, view = asyppo.train_step(learner, 1)
+    metrics = asyppo.train_step(learner, 1)
+    view = learner.view
     expected = asyppo.group_advantages(view["scores"], 4)
     mask = view["batch"].mask
     assert torch.allclose(view["advantages"], expected[:, None] * mask)
@@ -598,7 +609,7 @@ def test_batches_without_contrast_train_on_without_nan(tiny, algo, case):
     if case == "all cut off":
         learner.end_ids = [-1]
     for step in (1, 2):
-        metrics, _ = asyppo.train_step(learner, step)
+        metrics = asyppo.train_step(learner, step)
     if case in ("all empty", "all cut off"):
         assert metrics["truncated_share"] == float(case == "all cut off")
         assert metrics["response_length"] == {"all empty": 1, "all cut off": 10}[case]
@@ -611,7 +622,7 @@ def test_a_step_repeats_itself_exactly(tiny):
     runs = []
     for seed in (0, 0, 1):
         learner = learner_of(tiny, seed=seed)
-        runs.append(([without_times(asyppo.train_step(learner, step)[0]) for step in (1, 2)], weights(learner.actor)))
+        runs.append(([without_times(asyppo.train_step(learner, step)) for step in (1, 2)], weights(learner.actor)))
     assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
 
 
@@ -626,7 +637,7 @@ def test_dropout_is_off_weights_are_float32_and_mini_critics_can_be_cut_from_the
     assert [len(critic.backbone.h) for critic in learner.critics] == [2, 2]
     assert torch.equal(learner.critics[0].backbone.wte.weight, learner.actor.transformer.wte.weight), "pretrained"
     assert not torch.equal(learner.critics[0].head.weight, learner.critics[1].head.weight)
-    assert asyppo.train_step(learner, 1)[0]["first_ratio_error"] < 1e-4
+    assert asyppo.train_step(learner, 1)["first_ratio_error"] < 1e-4
 
 
 def test_every_end_id_a_model_knows_is_found():
@@ -639,7 +650,8 @@ def test_the_actors_gradient_is_that_of_the_loss_on_the_whole_batch(tiny, monkey
     learner, found = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60, whiten=False), []
     monkeypatch.setattr(asyppo, "clip_and_step", lambda model, *rest: found.append(
         (model, [p.grad.clone() for p in model.parameters()])))
-    _, view = asyppo.train_step(learner, 1)
+    asyppo.train_step(learner, 1)
+    view = learner.view
     batch = view["batch"]
     model, gradients = found[-1]
     assert model is learner.actor
@@ -662,13 +674,14 @@ def test_gradients_are_clipped_and_never_stepped_when_not_finite():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[30.0, 40.0]])
-    asyppo.clip_and_step(model, optimizer, "--lr")
+    asyppo.clip_and_step(model, optimizer, [torch.tensor(1.0)], "--lr")
     assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
-    model.weight.grad = torch.tensor([[float("nan"), 0.0]])
     before = model.weight.detach().clone()
-    with pytest.raises(asyppo.UserError, match="a gradient is not finite; lower --lr"):
-        asyppo.clip_and_step(model, optimizer, "--lr")
-    assert torch.equal(model.weight, before)
+    for gradient, loss in ((float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))):
+        model.weight.grad = torch.tensor([[gradient, 0.0]])
+        with pytest.raises(asyppo.Diverged, match="a loss or a gradient is not finite: lower --lr"):
+            asyppo.clip_and_step(model, optimizer, [torch.tensor(1.0), torch.tensor(loss)], "--lr")
+        assert torch.equal(model.weight, before)
 
 
 def test_passes_over_a_batch(tiny, monkeypatch):
@@ -680,9 +693,9 @@ def test_passes_over_a_batch(tiny, monkeypatch):
     assert [steps[id(m)] for m in (learner.actor, *learner.critics)] == [3, 10, 10]
 
 
-def test_warm_up_is_at_most_half_of_a_run(tiny):
-    learner = learner_of(tiny, critic_warmup=4, steps=2)
-    assert [asyppo.train_step(learner, step)[0]["kl"] is None for step in (1, 2)] == [True, False]
+def test_warm_up_is_at_most_half_of_a_run():
+    assert asyppo.parse(["--critic-warmup", "4", "--steps", "3"]).critic_warmup == 1
+    assert asyppo.parse(["--critic-warmup", "4", "--steps", "50"]).critic_warmup == 4
 
 
 def test_a_model_that_scores_differently_from_how_it_samples_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
@@ -766,7 +779,7 @@ def test_a_run_of_each_algorithm_and_what_it_leaves_behind(tiny, tmp_path, capsy
         assert critic(sampled(actor, prompts=[[3, 4]])).isfinite().all()
         width = {"ppo": 32}.get(algo, 16)
         assert critic.backbone.config.hidden_size == width and critic.head.weight.abs().sum() > 0
-    assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt")), "safetensors only"
+    assert not list(out.rglob("*.bin")) and [path.name for path in out.rglob("*.pt")] == ["checkpoint.pt"]
     told = capsys.readouterr().out
     assert "held-out accuracy" in told and "V_bar" in told
     assert asyppo.main(arguments(tiny, out)) == 2
@@ -874,6 +887,161 @@ def test_presets_are_nothing_but_defaults():
         assert config.out == f"runs/{algo}-0"
     config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
     assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+
+
+# -------------------------------------------------------------------------------------- Checkpoints, resume, faults
+
+
+def rows_of(out):
+    return [without_times(json.loads(line)) for line in (out / "metrics.jsonl").open()]
+
+
+LONGER = ["--steps", "8", "--checkpoint-every", "3", "--critic-warmup", "2"]
+
+
+@pytest.fixture(scope="module")
+def unstopped(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unstopped") / "run"
+    assert asyppo.main(arguments(tiny, out, *LONGER)) == 0
+    return out
+
+
+def same_result(out, unstopped):
+    same = torch.equal(weights(AutoModelForCausalLM.from_pretrained(out / "actor")),
+                       weights(AutoModelForCausalLM.from_pretrained(unstopped / "actor")))
+    return same and rows_of(out) == rows_of(unstopped)
+
+
+def test_killed_twice_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
+    """kill -9 once before the first checkpoint, once between two."""
+    out, threads = tmp_path / "run", {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)]
+    for lines in (2, 6):  # of metrics.jsonl: step 0 and one more; up to step 5, which is after the checkpoint of step 3
+        process = subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL)
+        log = out / "metrics.jsonl"
+        while not log.exists() or log.read_text().count("\n") < lines:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (out / "actor").exists(), "it had come to its end"
+        command = [sys.executable, HERE / "asyppo.py", "--resume", out]
+    assert subprocess.run(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL).returncode == 0
+    assert same_result(out, unstopped)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(tiny, unstopped, tmp_path, monkeypatch, capsys, number, code):
+    out, real = tmp_path / "run", asyppo.train_step
+
+    def step_with_signal(learner, step, **rest):
+        if step == 5:
+            os.kill(os.getpid(), number)
+        return real(learner, step, **rest)
+
+    monkeypatch.setattr(asyppo, "train_step", step_with_signal)
+    handler = signal.getsignal(number)
+    assert asyppo.main(arguments(tiny, out, *LONGER)) == code
+    assert signal.getsignal(number) is handler
+    assert f"stopped after step 5 of 8; to go on: python {sys.argv[0]} --resume {out}" in capsys.readouterr().out
+    assert [row["step"] for row in rows_of(out)] == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(asyppo, "train_step", real)
+    assert asyppo.main(["--resume", str(out)]) == 0
+    assert same_result(out, unstopped)
+
+
+def test_a_second_signal_stops_at_once(tiny, tmp_path, monkeypatch, capsys):
+    real = asyppo.train_step
+    monkeypatch.setattr(asyppo, "train_step", lambda *a, **k: (
+        [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], real(*a, **k))[1])
+    assert asyppo.main(arguments(tiny, tmp_path / "run", *LONGER)) == 130
+    assert "goes on with --resume" in capsys.readouterr().err
+
+
+def test_steps_may_be_raised_but_nothing_that_is_learnt(tiny, unstopped, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4")) == 0
+    for flags, said in [((), "has done its 4 steps; to go on, raise --steps"),
+                        (("--lr", "0.1", "--no-whiten"), "leave out --lr, --whiten"),
+                        (("--out", "elsewhere"), "leave out --out"), (("--profile",), "leave out --profile")]:
+        assert asyppo.main(["--resume", str(out), *flags]) == 2
+        assert said in capsys.readouterr().err
+    before = rows_of(out)
+    assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", str(asyppo.Config.lr)]) == 0  # the run's own lr
+    assert rows_of(out) == rows_of(unstopped) and rows_of(out)[:5] == before
+    assert json.loads((out / "config.json").read_text())["steps"] == 8
+
+
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tiny, unstopped, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "run", torch.save
+
+    def full_disk(state, file):
+        if len(state["rows"]) > 4:  # the checkpoint of step 6; that of step 3 went well
+            file.write(b"half of")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert asyppo.main(arguments(tiny, out, *LONGER)) == 2
+    told = capsys.readouterr().err
+    assert "the checkpoint of step 6" in told and "No space left" in told and told.count("asyppo: the") == 1 and "Traceback" not in told
+    assert not list(out.glob("*.unfinished"))
+    monkeypatch.setattr(torch, "save", real)
+    assert asyppo.main(["--resume", str(out)]) == 0
+    assert same_result(out, unstopped)
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda path, other: path.write_bytes(path.read_bytes()[:-100]), "is damaged"),
+    (lambda path, other: path.write_bytes(path.read_bytes().replace(path.read_bytes()[5000:5008], b"\1" * 8)),
+     "is damaged"),
+    (lambda path, other: path.write_bytes(b""), "is damaged"),
+    (lambda path, other: shutil.copy(other, path), "is not a checkpoint of this run's models"),
+    (lambda path, other: torch.save({"rows": [object()]}, path), "is damaged"),  # pickled code is never run
+    (lambda path, other: (path.parent / "config.json").write_text("{"), "does not hold a run's flags"),
+    (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags"),
+    (lambda path, other: (path.parent / "config.json").unlink(), "no run is there"),
+])
+def test_a_damaged_or_foreign_checkpoint_is_one_line(tiny, unstopped, tmp_path, capsys, harm, said):
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(unstopped, out)
+    assert asyppo.main(arguments(tiny, other, "--algo", "naive", "--steps", "1", "--critic-warmup", "0")) == 0
+    harm(out / "checkpoint.pt", other / "checkpoint.pt")
+    capsys.readouterr()
+    metrics = (out / "metrics.jsonl").read_text()
+    assert asyppo.main(["--resume", str(out), "--steps", "9"]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
+    assert (out / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize("what, said", [("actor", "the actor's logits are not numbers: lower --lr"),
+                                        ("critic", "a loss or a gradient is not finite: lower --critic-lr")])
+def test_divergence_stops_before_the_weights_and_leaves_a_diagnosis(tiny, tmp_path, monkeypatch, capsys, what, said):
+    out, real = tmp_path / "run", asyppo.train_step
+    kept = {}
+
+    def poisoned(learner, step, **rest):
+        if step == 5:
+            model = learner.actor if what == "actor" else learner.critics[1]
+            next(model.parameters()).data[:] = float("nan")
+            kept["first critic"], kept["learner"] = weights(learner.critics[0]), learner
+        return real(learner, step, **rest)
+
+    monkeypatch.setattr(asyppo, "train_step", poisoned)
+    assert asyppo.main(arguments(tiny, out, *LONGER)) == 2
+    told = capsys.readouterr().err
+    assert f"step 5: training has diverged, {said}" in told and "Traceback" not in told
+    report = json.loads((out / "diverged.json").read_text())
+    assert report["step"] == 5 and said in report["error"]
+    if what == "critic":
+        tokens = int(kept["learner"].view["batch"].mask.sum())
+        assert report["values"]["not_finite"] == tokens and report["values"]["max"] is not None, "the other critic's"
+        assert report["v_bar"] == {"not_finite": tokens, "min": None, "mean": None, "max": None}
+        assert len(report["answers"]) == 16 and all(isinstance(text, str) for text, _ in report["answers"])
+    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == 4  # of step 3
+    monkeypatch.setattr(asyppo, "train_step", real)
+    assert asyppo.main(["--resume", str(out)]) == 0
 
 
 # -------------------------------------------------------------------------------------------------- The toy task
