@@ -909,24 +909,26 @@ def train(config: Config, task) -> int:
     learner = make_learner(config, task)
     rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
     if rows and rows[-1]["step"] >= config.steps:
-        raise UserError(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1).encode())
-        write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)).encode())  # steps after the checkpoint go
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})")
+        print(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1).encode())
+    write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)).encode())  # steps after the checkpoint are redone
     print(f"{config.algo}: actor {size_of(learner.actor)}, "
           + (f"{len(learner.critics)} x critic {size_of(learner.critics[0])}" if learner.critics else "no critic")
           + f", on {learner.device.type}; leaves everything in {out}")
-    go_on = f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(out))}"
 
     with open(out / "metrics.jsonl", "a") as log, finish_the_step() as signals:
-        accuracy = next((row["eval_accuracy"] for row in reversed(rows) if row["eval_accuracy"] is not None), None)
-        if accuracy is None:
-            accuracy = evaluate(learner)
-            tqdm.write(f"step {0:4d}  held-out accuracy {accuracy:.3f}")
-        start = rows[-1]["step"] if rows else 0
+
+        def note(row):
+            rows.append(row)
+            log.write(as_json(row))
+            log.flush()
+
+        if not rows:
+            note({"step": 0, "eval_accuracy": evaluate(learner)})
+            tqdm.write(f"step {0:4d}  held-out accuracy {rows[0]['eval_accuracy']:.3f}")
+        start, accuracy = rows[-1]["step"], [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None][-1]
         with tqdm(total=config.steps, initial=start, desc=config.algo) as bar:
             for step in range(start + 1, config.steps + 1):
                 evaluating = step % config.eval_every == 0 or step == config.steps
@@ -936,9 +938,6 @@ def train(config: Config, task) -> int:
                     write_whole(out / "diverged.json", json.dumps(diagnosis(learner, step, error), indent=1).encode())
                     raise UserError(f"step {step}: training has diverged, {error} in a new run; what the batch looked "
                                     f"like is in {out}/diverged.json")
-                if step == 1:  # before any training; the other columns are null
-                    rows.append(dict.fromkeys(metrics) | {"step": 0, "eval_accuracy": accuracy})
-                    log.write(as_json(rows[0]))
                 error = metrics["first_ratio_error"]
                 if error is not None and not error < 1e-3:
                     raise UserError(f"step {step}: the model scores its own samples differently from how it sampled "
@@ -947,16 +946,14 @@ def train(config: Config, task) -> int:
                 if evaluating:
                     metrics["eval_accuracy"] = accuracy = evaluate(learner)
                     tqdm.write(summary(metrics))
-                rows.append(metrics)
-                log.write(as_json(metrics))
-                log.flush()
+                note(metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
                 bar.update()
                 if signals or (config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps):
                     save_checkpoint(learner, rows, out / "checkpoint.pt")
                 if signals:
-                    bar.close()
-                    print(f"stopped after step {step} of {config.steps}; to go on: {go_on}")
+                    tqdm.write(f"stopped after step {step} of {config.steps}; to go on: "
+                               f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(out))}")
                     return 128 + signals[0]
     save(learner, out)
     plot_curves(rows, out / "curves.png")
@@ -982,7 +979,7 @@ def finish_the_step():
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        tqdm.write("stopping after this step; once more to stop at once (back to the last checkpoint)")
+        tqdm.write("stopping after this step")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1014,9 +1011,10 @@ def save_checkpoint(learner: Learner, rows: list[dict], path: Path) -> None:
     row's step is the place in the run, and from it and the seed generators() makes every random state."""
     try:
         write_whole(path, {"rows": rows, "parts": [part.state_dict() for part in parts_of(learner)]})
-    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
-        raise UserError(f"the checkpoint of step {rows[-1]['step']} could not be written to {path} "
-                        f"({first_line(error)}); an earlier one is kept. Make room, then --resume {path.parent}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save says of a full disk
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"the checkpoint of step {rows[-1]['step']} could not be written ({reason}); the last one is "
+                        f"kept. Make room, then go on with --resume {path.parent}")
 
 
 def load_checkpoint(learner: Learner, path: Path) -> list[dict]:
@@ -1039,17 +1037,16 @@ def load_checkpoint(learner: Learner, path: Path) -> list[dict]:
 
 
 def diagnosis(learner: Learner, step: int, error: Exception) -> dict:
-    """What a batch looked like in which training diverged. Tensors over the valid tokens; scores over the answers."""
-    report, view = {"step": step, "error": str(error)}, learner.view
-    if "batch" in view:
-        batch = view["batch"]
-        tensors = {**view, "old_logprobs": batch.logprobs, "entropy": batch.entropy}
-        for name in tensors.keys() - {"batch"}:
-            x = tensors[name][..., batch.mask.bool()] if tensors[name].ndim > 1 else tensors[name]
-            finite = x[x.isfinite()]
-            report[name] = {"not_finite": int((~x.isfinite()).sum()), **{
-                f: float(getattr(finite, f)()) if len(finite) else None for f in ("min", "mean", "max")}}
-        report["answers"] = [[text, float(score)] for text, score in zip(texts_of(learner, batch), view["scores"])]
+    """What a batch looked like in which training diverged: its tensors over the valid tokens, its answers and scores."""
+    report, view = {"step": step, "error": str(error)}, dict(learner.view)
+    if view:
+        batch, scores = view.pop("batch"), view.pop("scores")
+        for name, x in {**view, "old_logprobs": batch.logprobs}.items():
+            x = x[..., batch.mask.bool()]
+            finite = x[x.isfinite()].tolist()
+            report[name] = {"not_finite": x.numel() - len(finite), "min": min(finite, default=None),
+                            "max": max(finite, default=None)}
+        report["answers"] = list(zip(texts_of(learner, batch), scores.tolist()))
     return report
 
 
@@ -1074,12 +1071,15 @@ def summary(metrics: dict) -> str:
 def save(learner: Learner, out: Path) -> None:
     """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic. Safetensors only."""
     from safetensors.torch import save_file
-    learner.actor.save_pretrained(out / "actor")
-    learner.tokenizer.save_pretrained(out / "actor")
-    for m, critic in enumerate(learner.critics, 1):
-        critic.backbone.save_pretrained(out / f"critic_{m}")
-        save_file({k: v.detach().cpu() for k, v in critic.head.state_dict().items()},
-                  out / f"critic_{m}" / "value_head.safetensors")
+    try:
+        learner.actor.save_pretrained(out / "actor")
+        learner.tokenizer.save_pretrained(out / "actor")
+        for m, critic in enumerate(learner.critics, 1):
+            critic.backbone.save_pretrained(out / f"critic_{m}")
+            save_file({k: v.detach().cpu() for k, v in critic.head.state_dict().items()},
+                      out / f"critic_{m}" / "value_head.safetensors")
+    except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own
+        raise OSError(f"the trained models could not be saved to {out} ({first_line(error)})")
 
 
 def load_critic(folder: str | Path) -> MiniCritic:
@@ -1108,7 +1108,7 @@ def plot_curves(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row[key] is not None and math.isfinite(row[key])]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
             if points:
                 axis.plot(*zip(*points), "o-" if key == "eval_accuracy" else "-", label=key.replace("_", " "))
         axis.set_title(title, fontsize=10)
@@ -1283,13 +1283,11 @@ def parse(argv: list[str] | None) -> Config:
         config = Config(**vars(parser.parse_args(argv)))
         return replace(config, out=config.out or f"runs/{config.algo}-{config.seed}",
                        critic_warmup=min(config.critic_warmup, config.steps // 2))
-    path = Path(given.resume) / "config.json"
     try:
-        saved = asdict(Config(**json.loads(path.read_text()))) | {"out": given.resume, "resume": given.resume}
-    except OSError as error:
-        raise UserError(f"--resume {given.resume}: no run is there, {path} cannot be read ({error.strerror})")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--resume {given.resume}: {path} does not hold a run's flags ({error})")
+        text = (Path(given.resume) / "config.json").read_text()
+        saved = asdict(Config(**json.loads(text))) | {"out": given.resume, "resume": given.resume}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume {given.resume}: its config.json does not hold a run's flags ({first_line(error)})")
     parser.set_defaults(**saved)
     config = Config(**vars(parser.parse_args(argv)))
     changed = [key for key in saved if getattr(config, key) != saved[key] and key not in MAY_CHANGE]
@@ -1335,12 +1333,14 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         task = load_task(config.task)
         return (profile if config.profile else train)(config, task) or 0
-    except (UserError, OSError) as error:  # OSError: a full disk, a name too long
-        print("asyppo: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except UserError as error:
+        line, code = str(error), 2
+    except OSError as error:  # a full disk, a name too long
+        line, code = f"{error}; a run that has begun goes on with --resume and its directory", 2
     except KeyboardInterrupt:
-        print("asyppo: stopped; a run that has begun goes on with --resume and its directory", file=sys.stderr)
-        return 130
+        line, code = "stopped; a run that has begun goes on with --resume and its directory", 130
+    print("asyppo: " + " ".join(line.split()), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
