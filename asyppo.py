@@ -74,10 +74,13 @@ class Config:
     algo: str = option("asyppo", "a preset of the flags below, any of which still overrides it",
                        choices=["asyppo", "ppo", "grpo", "naive"])
     # What is trained, on what, for how long.
-    model: str = option("", "actor: a model directory or hub name (default: the task's own, if it brings one)")
-    critic_model: str = option("", "mini-critics' base: directory or hub name, same tokenizer as the actor (default: "
-                                   "the task's own if --model is not given, else the actor's checkpoint, cut)")
+    model: str = option("", "actor: a model directory, a hub name, or a bare Qwen3-0.6B for Qwen/Qwen3-0.6B (default: "
+                            "the task's own, if it brings one)")
+    critic_model: str = option("", "mini-critics' base, named likewise, same tokenizer as the actor (default: the task's "
+                                   "own if --model is not given, else the actor's checkpoint, cut)")
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
+    level: str = option("auto", "the task's level of difficulty; auto: with --model, of those the task has, the one nearest "
+                                "to 40 % right before training; without, the task's own")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of all that is random in training; on one CPU machine it repeats the metrics, timings aside")
@@ -124,8 +127,11 @@ class Config:
     eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "with every evaluation but the first, estimate the true value of this many states")
-    micro_batch_tokens: int = option(4096, "tokens per forward pass in training; lower it when memory runs out: the "
-                                     "gradient stays the same (sampling always runs a whole batch of answers at once)")
+    # Fitting into memory. The first and the last leave the gradient the same.
+    micro_batch_tokens: int = option(4096, "tokens per forward pass in training")
+    sample_batch: int = option(256, "answers sampled at once")
+    activation_checkpointing: bool = option(False, "make activations once more in the backward pass, a layer at a time, "
+                                                   "rather than keep them all: less memory, a third more time")
     checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only when "
                                        "stopped by Ctrl-C or SIGTERM)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
@@ -184,7 +190,7 @@ def positions(attention: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float, end_ids: list[int], pad_id: int,
-             generator: torch.Generator) -> Rollout:
+             generator: torch.Generator, at_once: int = 256) -> Rollout:
     """Sample one answer to each of `prompts` (token ids). Repeat a prompt for several answers.
 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
@@ -200,36 +206,51 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
         attention[row, P - len(prompt):P] = 1
     logprobs, entropy = torch.zeros((2, B, T), device=device)
     ends = torch.tensor(end_ids, device=device)  # some models have several; all of them end an answer
-    alive = torch.arange(B, device=device)  # rows still being written; finished ones leave the batch and the cache
     truncated = torch.ones(B, dtype=torch.bool, device=device)
-    # The first pass reads the prompts [B, P]; every later one a single new token per row [alive, 1] and the cache.
-    inputs, place, cache = tokens[:, :P], positions(attention[:, :P]), None
+    width, training = 0, model.training
+    model.eval()  # in train mode, activation checkpointing would switch the cache off
 
-    for t in range(T):
-        output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
-                                  past_key_values=cache, use_cache=True)
-        logits = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float() / temperature
-        if logits.isnan().any():
-            raise Diverged("the actor's logits are not numbers: lower --lr")
-        logp = logits.log_softmax(-1)  # [alive, V]
-        token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
-        tokens[alive, P + t] = token
-        attention[alive, P + t] = 1
-        logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
-        entropy[alive, t] = -(logp.exp() * logp).sum(-1)
+    with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
+        for alive in torch.arange(B, device=device).split(at_once):  # rows being written; finished ones leave
+            # The first pass reads the prompts [B, P]; every later one a new token per row [alive, 1] and the cache.
+            inputs, place, cache = tokens[alive, :P], positions(attention[alive, :P]), None
+            for t in range(T):
+                output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
+                                          past_key_values=cache, use_cache=True)
+                logits = logits_of(model, output.last_hidden_state[:, -1], temperature)
+                if logits.isnan().any():
+                    raise Diverged("the actor's logits are not numbers: lower --lr")
+                logp = logits.log_softmax(-1)  # [alive, V]
+                token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+                tokens[alive, P + t] = token
+                attention[alive, P + t] = 1
+                logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
+                entropy[alive, t] = -(logp.exp() * logp).sum(-1)
 
-        going = ~torch.isin(token, ends)
-        truncated[alive[~going]] = False
-        if not going.any():
-            break
-        cache = output.past_key_values
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])  # drops finished rows
-        alive, inputs, place = alive[going], token[going, None], place[going, -1:] + 1
+                width, going = max(width, t + 1), ~torch.isin(token, ends)  # nobody writes beyond the longest answer
+                truncated[alive[~going]] = False
+                if not going.any():
+                    break
+                cache = output.past_key_values
+                if not going.all():
+                    cache.batch_select_indices(going.nonzero()[:, 0])  # drops finished rows
+                alive, inputs, place = alive[going], token[going, None], place[going, -1:] + 1
 
-    width = t + 1  # the longest answer; nobody wrote beyond it
+    model.train(training)
     return Rollout(tokens[:, :P + width], attention[:, :P + width], attention[:, P:P + width].float(),
                    logprobs[:, :width], entropy[:, :width], truncated)
+
+
+def mixed_precision(device: torch.device):
+    """On a GPU, run the matrix products of a model's body in bf16, from float32 weights; on a CPU, nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """[..., D] -> [..., V], always in float32: to bf16, with its 8 binary digits, a logit of 20 may be 19.94, and rho
+    would be off by 6 %."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.get_output_embeddings()(hidden.float()) / temperature
 
 
 def states_before(backbone, batch: Rollout) -> torch.Tensor:
@@ -238,8 +259,9 @@ def states_before(backbone, batch: Rollout) -> torch.Tensor:
     That is one column before the token itself. Both users need exactly this: the actor's head predicts o_t from it, and
     the critic's head says how good it is to be there, before o_t is known.
     """
-    hidden = backbone(input_ids=batch.tokens, attention_mask=batch.attention, position_ids=positions(batch.attention),
-                      use_cache=False).last_hidden_state
+    with mixed_precision(batch.tokens.device):
+        hidden = backbone(input_ids=batch.tokens, attention_mask=batch.attention,
+                          position_ids=positions(batch.attention), use_cache=False).last_hidden_state
     return hidden[:, batch.prompt_width - 1:-1]
 
 
@@ -251,15 +273,13 @@ def logprobs_and_entropy(model, batch: Rollout, temperature: float,
     V = 150,000 the logits are by far the largest tensor of all, so they are made a chunk of tokens at a time, and made
     once more in the backward pass rather than kept (checkpoint): no [B, T, V] tensor ever exists.
     """
-    head = model.get_output_embeddings()
-
     def head_chunk(hidden, token):  # [N, D], [N] -> [N], [N]
-        logp = (head(hidden).float() / temperature).log_softmax(-1)
+        logp = logits_of(model, hidden, temperature).log_softmax(-1)
         return logp.gather(1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     valid = batch.mask.bool()
     hidden, token = states_before(model.base_model, batch)[valid], batch.tokens[:, batch.prompt_width:][valid]
-    chunk = max(1, chunk_elements // head.weight.shape[0])
+    chunk = max(1, chunk_elements // model.config.vocab_size)
     parts = [checkpoint(head_chunk, h, o, use_reentrant=False, preserve_rng_state=False)
              for h, o in zip(hidden.split(chunk), token.split(chunk))]
     logprobs, entropy = (torch.cat(pieces) for pieces in zip(*parts))
@@ -302,7 +322,7 @@ class MiniCritic(nn.Module):
 
     def forward(self, batch: Rollout) -> torch.Tensor:
         """V(s_t) [B, T]: the value before token t."""
-        return self.head(states_before(self.backbone, batch))[..., 0].float()
+        return self.head(states_before(self.backbone, batch).float())[..., 0]
 
 
 def assign_shards(num_prompts, group_size, num_critics, generator=None):
@@ -509,13 +529,28 @@ def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Gene
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
 
+def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """A prompt's token ids. Text gets the special tokens that the tokenizer gives any text. Chat messages go through
+    its chat template, with thinking switched off where there is a switch; a tokenizer without one (a base model's) gets
+    them as plain text, worked examples and all: the contents, a line each, a blank line between exchanges."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if not tokenizer.chat_template:
+        text = "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in prompt)
+        return tokenizer(text).input_ids
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written what special tokens it wants
+    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # a begin token that it has left to the tokenizer?
+    return ids if not begins or ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+
+
 def answer(learner: Learner, examples: list[dict], generator) -> tuple[Rollout, torch.Tensor]:
     """Sample one answer to each example's prompt and have it graded: the rollout, and the verifier's R of each, [B]."""
     config, tokenizer = learner.config, learner.tokenizer
-    prompts = [tokenizer(example["prompt"]).input_ids for example in examples]
+    prompts = [encode(tokenizer, example["prompt"]) for example in examples]
     batch = generate(learner.actor, prompts, config.max_new_tokens, config.temperature, learner.end_ids, learner.pad_id,
-                     generator)
-    scores = [reward_of(learner.task, text, example) for text, example in zip(texts_of(learner, batch), examples)]
+                     generator, config.sample_batch)
+    scores = [reward_of(learner, text, example) for text, example in zip(texts_of(learner, batch), examples)]
     return batch, torch.tensor(scores, device=learner.device)
 
 
@@ -537,12 +572,13 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[torch.Tensor], flag: str) -> None:
-    """An optimizer step with the gradient clipped to norm 1. If the loss or the gradient is not finite: Diverged, and
-    no step."""
+    """An optimizer step with the gradient clipped to norm 1, which then is freed: only one model's gradient exists at
+    a time. If the loss or the gradient is not finite: Diverged, and no step."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not torch.stack([norm, *losses]).isfinite().all():
         raise Diverged(f"a loss or a gradient is not finite: lower {flag}")
     optimizer.step()
+    optimizer.zero_grad()
 
 
 def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tensor, shard: torch.Tensor, generator):
@@ -552,7 +588,6 @@ def update_critic(learner: Learner, m: int, batch: Rollout, returns: torch.Tenso
         order = shard[torch.randperm(len(shard), generator=generator).to(shard.device)]
         for rows in order.split(config.critic_batch):
             minibatch, losses = batch.rows(rows), []
-            optimizer.zero_grad()
             for index in microbatches(minibatch, config.micro_batch_tokens):
                 part = minibatch.rows(index)
                 loss = critic_loss(critic(part), returns[rows[index], :part.mask.shape[1]], part.mask)
@@ -565,7 +600,6 @@ def update_actor(learner: Learner, batch: Rollout, advantages, adv_keep, ent_kee
     """`utd` optimizer steps on the batch. Returns the statistics of every pass."""
     config, passes = learner.config, []
     for _ in range(config.utd):
-        learner.actor_optimizer.zero_grad()
         collected, losses = {"ratio_error": [], "clip_fraction": [], "kl": []}, []
         for index in microbatches(batch, config.micro_batch_tokens):
             part = batch.rows(index)
@@ -670,19 +704,13 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
 # ================================================================================================== 8 Evaluation
 
 
-def sampling_batch(config: Config) -> int:
-    """Answers sampled at once when only looking: a training batch, or 64 where that is more (nothing is kept for a
-    backward pass, so they fit)."""
-    return max(64, config.prompts_per_step * config.group_size)
-
-
 def evaluate(learner: Learner) -> float:
     """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
     training temperature: the policy as it is. Always the same seed, so that an unchanged
     policy gets the same number twice."""
     generator, _ = generators(learner, -1)
     examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
-    size = sampling_batch(learner.config)
+    size = learner.config.sample_batch
     scores = [answer(learner, examples[i:i + size], generator)[1]
               for i in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, delay=2)]
     return float(torch.cat(scores).mean())
@@ -701,7 +729,7 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
     generator, cpu_generator = generators(learner, -2)
     states = batch.mask.nonzero()  # [N, 2]: row, t
     states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
-    P, size, truth, within, guess = batch.prompt_width, sampling_batch(learner.config), [], [], []
+    P, size, truth, within, guess = batch.prompt_width, learner.config.sample_batch, [], [], []
     # States at the same place have the same room left to end in, so they are continued together.
     for t in tqdm(states[:, 1].unique().tolist(), desc="true values", leave=False, delay=2):
         rows = states[states[:, 1] == t, 0]
@@ -711,9 +739,9 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
         for n in range(0, len(todo), size):
             some = todo[n:n + size]
             endings = generate(learner.actor, [prefix for prefix, _ in some], learner.config.max_new_tokens - t,
-                               learner.config.temperature, learner.end_ids, learner.pad_id, generator)
+                               learner.config.temperature, learner.end_ids, learner.pad_id, generator, size)
             written = texts_of(learner, endings, [prefix[len(prefix) - t:] for prefix, _ in some])
-            scores += [reward_of(learner.task, text, example) for text, (_, example) in zip(written, some)]
+            scores += [reward_of(learner, text, example) for text, (_, example) in zip(written, some)]
         scores = torch.tensor(scores).view(-1, continuations)
         truth.append(scores.mean(1))
         within.append(scores.var(1))
@@ -757,14 +785,18 @@ def texts_of(learner: Learner, batch: Rollout, written: list[list[int]] | None =
     return texts
 
 
-def reward_of(task, text: str, example: dict) -> float:
+def reward_of(learner: Learner, text: str, example: dict) -> float:
+    value = None
     try:
-        value = float(task.reward(text, example))
+        value = learner.task.reward(text, example)
+        if abs(float(value)) < 1e30:  # not NaN, not infinite, nor soon so in float32
+            return float(value)
+        wrong = f"returned {value!r}"
     except Exception as error:
-        raise UserError(f"reward() failed on problem {example['prompt']!r}: {type(error).__name__}: {error}")
-    if not abs(value) < 1e30:  # NaN, infinite, or soon so in float32
-        raise UserError(f"reward() returned {value} for problem {example['prompt']!r}; it must return a finite number")
-    return value
+        wrong = f"returned {value!r}" if value is not None else f"failed with {first_line(error)}"
+    split, row = next((split, i) for split, problems in (("train", learner.train_problems), ("test", learner.test_problems))
+                      for i, prompt in enumerate(problems["prompt"]) if prompt == example["prompt"])
+    raise UserError(f"reward() {wrong} for row {row} of problems({split!r}); it must return a finite number")
 
 
 def load_task(path: str):
@@ -786,22 +818,53 @@ def load_task(path: str):
     return task
 
 
-def load_problems(task, split: str, config: Config, at_least: int):
+def load_problems(learner: Learner, split: str, at_least: int, level: str):
     from datasets import Dataset
+    what, tokenizer = f"problems({split!r}" + (f", level={level!r})" if level else ")"), learner.tokenizer
     try:
-        problems = task.problems(split, config.seed)
+        problems = learner.task.problems(split, learner.config.seed, **({"level": level} if level else {}))
     except Exception as error:
-        raise UserError(f"problems({split!r}) failed: {type(error).__name__}: {error}")
+        raise UserError(f"{what} failed: {first_line(error)}")
     if not isinstance(problems, Dataset):
-        raise UserError(f"problems({split!r}) must return a datasets.Dataset, not {type(problems).__name__}")
+        raise UserError(f"{what} must return a datasets.Dataset, not {type(problems).__name__}")
     if "prompt" not in problems.column_names:
-        raise UserError(f"problems({split!r}) has no column 'prompt'; its columns are {problems.column_names}")
+        raise UserError(f"{what} has no column 'prompt'; its columns are {problems.column_names}")
     if len(problems) < at_least:
-        raise UserError(f"problems({split!r}) has {len(problems)} rows, but {at_least} are needed")
+        raise UserError(f"{what} has {len(problems)} rows, but {at_least} are needed")
+    longest, is_chat = 0, False
     for i, prompt in enumerate(problems["prompt"]):
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"problems({split!r}): the prompt of row {i} must be a non-empty string, not {prompt!r}")
+        is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        if not prompt or not (isinstance(prompt, str) or is_chat):
+            raise UserError(f"{what}: the prompt of row {i} must be a non-empty string or a list of chat messages "
+                            f"(role, content), not {prompt!r}")
+        longest = max(longest, len(encode(tokenizer, prompt)))
+    for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room and longest + learner.config.max_new_tokens > room:
+            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
+                            f"{learner.config.max_new_tokens} exceeds the model's context of {room}; shorten either")
+    if is_chat and not tokenizer.chat_template:  # then encode() sets exchanges apart by a blank line: it ends an answer
+        blank = {i for i in range(len(tokenizer)) if "\n\n" in tokenizer.decode([i])}
+        learner.end_ids = sorted({*learner.end_ids, *blank})
     return problems
+
+
+def choose_level(learner: Learner, sample: int = 32) -> str:
+    """Of the task's LEVELS, which go from easy to hard, the one whose share of right answers is nearest to 40 %: there
+    a group's answers differ most. Stops where two levels in a row are all but hopeless."""
+    shares = {}
+    for level in learner.task.LEVELS:
+        problems = load_problems(learner, "train", 1, level)
+        learner.train_problems = learner.test_problems = problems  # where a failing reward() is looked up
+        scores = answer(learner, list(problems.select(range(min(sample, len(problems))))), generators(learner, -3)[0])[1]
+        shares[level] = float(scores.mean())
+        print(f"level {level:10s} {shares[level]:4.0%} right" + (" of %d" % len(scores)))
+        if len(shares) > 1 and max(list(shares.values())[-2:]) < 0.05:
+            break
+    best = min(shares, key=lambda level: abs(shares[level] - 0.4))
+    print(f"chosen: level {best}" + ("" if 0.1 <= shares[best] <= 0.9 else ", though no level is between 10 and 90 %: "
+          "expect to learn little"))
+    return best
 
 
 def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
@@ -823,8 +886,15 @@ def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
     except UserError:
         raise
     except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
-        raise UserError(f"{flag} {name}: no model could be loaded from a directory or a hub of that name "
-                        f"({first_line(error)}); download it first, or give the directory of a saved model")
+        where = (f"the directory {name} holds no model that can be loaded" if Path(name).is_dir() else
+                 f"there is no such directory, and no model {name} could be had from the hub")
+        raise UserError(f"{flag} {name}: {where} ({first_line(error)}); download the model first, or give the directory "
+                        "of a saved one")
+
+
+def full_name(name: str) -> str:
+    """A directory or org/name is what it is; a bare name is one of Qwen's."""
+    return name if not name or Path(name).exists() or "/" in name else f"Qwen/{name}"
 
 
 def first_line(error: Exception) -> str:
@@ -832,13 +902,12 @@ def first_line(error: Exception) -> str:
 
 
 def make_learner(config: Config, task) -> Learner:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    train, test = load_problems(task, "train", config, config.prompts_per_step), load_problems(task, "test", config, 1)
 
-    name, critic_name = config.model, config.critic_model
+    name, critic_name = full_name(config.model), full_name(config.critic_model)
     if not name:
         if not callable(getattr(task, "models", None)):
             raise UserError(f"the task {config.task} brings no models() of its own; say which with --model")
@@ -849,11 +918,9 @@ def make_learner(config: Config, task) -> Learner:
         critic_name = critic_name or small
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     actor = load_pretrained(AutoModelForCausalLM, name, "--model").to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise UserError(f"--model {name}: it has no usable tokenizer ({first_line(error)})")
-    check_head(actor, name)
+    tokenizer = load_tokenizer(name, "--model")
+    ends = end_ids(actor, tokenizer)
+    check_model(actor, name)
     if config.critic_size == "actor":
         critic_name, layers = name, 0
     elif critic_name:
@@ -863,20 +930,41 @@ def make_learner(config: Config, task) -> Learner:
     generator = torch.Generator().manual_seed(config.seed)
     critics = [MiniCritic(load_pretrained(AutoModel, critic_name, "--critic-model", layers), generator).to(device)
                for _ in range(config.critics)]
-    longest = max(len(tokenizer(prompt).input_ids) for split in (train, test) for prompt in split["prompt"])
-    for of in (actor.config, *(critic.backbone.config for critic in critics)):
-        room = getattr(of, "max_position_embeddings", None)
-        if room and longest + config.max_new_tokens > room:
-            raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
-                            f"{config.max_new_tokens} exceeds the model's context of {room}; shorten either")
-        if of.vocab_size < actor.config.vocab_size:
-            raise UserError(f"--critic-model {critic_name}: its vocabulary of {of.vocab_size} is smaller than the "
-                            f"actor's of {actor.config.vocab_size}; the critics must read the actor's tokens")
-    # Train mode throughout: all dropout is 0, and gradient checkpointing, where a model has it, needs train mode.
-    return Learner(
+    if critics and critic_name != name:
+        vocabulary, theirs = tokenizer.get_vocab(), load_tokenizer(critic_name, "--critic-model").get_vocab()
+        different = next((token for token, i in vocabulary.items() if theirs.get(token) != i), None)
+        if different is not None:
+            raise UserError(f"--critic-model {critic_name}: its tokenizer is another one; {different!r} is token "
+                            f"{theirs.get(different)}, the actor's is {vocabulary[different]}. Critics must read the "
+                            "actor's tokens; without --critic-model they are the actor's first layers")
+        if critics[0].backbone.config.vocab_size < len(tokenizer):
+            raise UserError(f"--critic-model {critic_name}: its vocabulary of {critics[0].backbone.config.vocab_size} is "
+                            f"smaller than the tokenizer's of {len(tokenizer)}")
+    # Train mode throughout: all dropout is 0, and activation checkpointing, where a model has it, needs train mode.
+    for model in (actor, *(critic.backbone for critic in critics)) if config.activation_checkpointing else ():
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--activation-checkpointing: not with this model ({first_line(error)})")
+    learner = Learner(
         config, task, tokenizer, actor.train(), adam(actor, config.lr), [critic.train() for critic in critics],
-        [adam(critic, config.critic_lr) for critic in critics], train, test, end_ids(actor, tokenizer),
+        [adam(critic, config.critic_lr) for critic in critics], None, None, ends,
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)  # 0: any id does, masks come from lengths
+    level = config.level
+    if level == "auto":
+        level = choose_level(learner) if config.model and getattr(task, "LEVELS", None) else ""
+    learner.config = replace(config, level=level)
+    learner.train_problems = load_problems(learner, "train", config.prompts_per_step, level)
+    learner.test_problems = load_problems(learner, "test", 1, level)
+    return learner
+
+
+def load_tokenizer(name: str, flag: str):
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(f"{flag} {name}: it has no usable tokenizer ({first_line(error)})")
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -892,13 +980,23 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 @torch.no_grad()
-def check_head(model, name: str) -> None:
-    """We apply the output head ourselves, in chunks. Refuse a model that does more than that to make its logits."""
-    tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size  # not just 0: often padding
-    ours = model.get_output_embeddings()(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-    if not torch.allclose(ours, model(input_ids=tokens, use_cache=False).logits, atol=1e-4, rtol=1e-3):
-        raise UserError(f"--model {name}: its logits are not just head(hidden state) (soft-capped or scaled); "
-                        "such models are not supported")
+def check_model(model, name: str) -> None:
+    """We hand a model positions, drop rows from its cache and apply its output head ourselves. Refuse one that does
+    not bear that, or makes its logits in another way."""
+    try:
+        prompts = [[i % model.config.vocab_size for i in range(n)] for n in (8, 3)]  # not just token 0: often padding
+        batch = generate(model, prompts, 3, 1.0, [-1], 0, torch.Generator(model.device).manual_seed(0))
+        ours, _ = logprobs_and_entropy(model, batch, 1.0)
+        tokens = batch.tokens[:1]
+        logp = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)[0, 7:-1]
+        theirs = logp.gather(1, tokens[0, 8:, None])[:, 0]
+    except Exception as error:
+        raise UserError(f"--model {name}: models of this kind are not supported ({first_line(error)})")
+    # To rounding, which is coarser in bf16.
+    tolerance = 1e-3 if model.device.type == "cpu" else 0.1
+    if not torch.allclose(ours[0], theirs, atol=tolerance) or not torch.allclose(ours, batch.logprobs, atol=tolerance):
+        raise UserError(f"--model {name}: its logits are not just head(hidden state) (soft-capped or scaled), or its "
+                        "cache or positions are used in another way; such models are not supported")
 
 
 def train(config: Config, task) -> int:
@@ -907,6 +1005,7 @@ def train(config: Config, task) -> int:
     if not config.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
         raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another directory (--out)")
     learner = make_learner(config, task)
+    config = learner.config
     rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
     if rows and rows[-1]["step"] >= config.steps:
         print(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
@@ -914,9 +1013,7 @@ def train(config: Config, task) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1).encode())
     write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)).encode())  # steps after the checkpoint are redone
-    print(f"{config.algo}: actor {size_of(learner.actor)}, "
-          + (f"{len(learner.critics)} x critic {size_of(learner.critics[0])}" if learner.critics else "no critic")
-          + f", on {learner.device.type}; leaves everything in {out}")
+    print(f"{config.algo} on {learner.device.type}; leaves everything in {out}\n{table_of(learner)}")
 
     with open(out / "metrics.jsonl", "a") as log, finish_the_step() as signals:
 
@@ -1050,9 +1147,15 @@ def diagnosis(learner: Learner, step: int, error: Exception) -> dict:
     return report
 
 
-def size_of(model: nn.Module) -> str:
-    count = sum(p.numel() for p in model.parameters())
-    return f"{count / 1e6:.0f}M parameters" if count >= 1e7 else f"{count / 1e3:.0f}K parameters"
+def table_of(learner: Learner) -> str:
+    lines = [f"{'':10s}{'layers':>8s}{'parameters':>14s}{'trainable':>14s}{'memory':>12s}"]
+    for name, model in [("actor", learner.actor), *((f"critic {m}", c) for m, c in enumerate(learner.critics, 1))]:
+        count = sum(p.numel() for p in model.parameters())
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        layers = getattr(model, "backbone", model).config.num_hidden_layers
+        memory = 4 * count + 8 * trainable  # bytes
+        lines.append(f"{name:10s}{layers:8d}{count:14,d}{trainable:14,d}{memory / 2**20:8.0f} MiB")
+    return "\n".join(lines) + "\n(float32 weights and Adam's two moments; a gradient, activations and the cache come on top)"
 
 
 def as_json(row: dict) -> str:
@@ -1230,6 +1333,7 @@ def profile(config: Config, task, repeats: int = 5) -> None:
         changed = replace(config, **{**{key: getattr(Config, key) for preset in PRESETS.values() for key in preset},
                                      **PRESETS[algo], "lr": 0.0, "critic_lr": 0.0, "critic_warmup": 0})
         learners[algo] = make_learner(changed, task)
+        config = replace(config, level=learners[algo].config.level)  # chosen once
     times = {algo: [] for algo in learners}
     for repeat in range(repeats + 1):
         for algo, learner in learners.items():
@@ -1304,7 +1408,7 @@ def check(config: Config) -> None:
             raise UserError(text)
 
     for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "utd", "critic_epochs", "critic_batch",
-                 "eval_every", "eval_problems", "micro_batch_tokens"):
+                 "eval_every", "eval_problems", "micro_batch_tokens", "sample_batch"):
         demand(getattr(config, name) >= 1,
                f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     for name in ("critics", "critic_layers", "critic_warmup", "true_values", "seed", "checkpoint_every"):

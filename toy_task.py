@@ -69,17 +69,70 @@ def expressions_of(split: str, count: int, rng: random.Random, **lengths) -> lis
     return found
 
 
-def problems(split: str, seed: int) -> Dataset:
-    """`split` is "train" or "test". Columns: prompt ("5-8+9*3=") and answer ("8")."""
-    expressions = expressions_of(split, SIZES[split], random.Random(f"{split}-{seed}"))
-    return Dataset.from_dict({"prompt": [e + "=" for e in expressions],
-                              "answer": [str(calculate(e)) for e in expressions]})
+def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
+    """`split` is "train" or "test", `level` "symbols" (the toy above) or one of LEVELS, in words. Columns: prompt
+    ("5-8+9*3=", or chat messages), answer ("8") and level."""
+    rng = random.Random(f"{split}-{seed}" if level == "symbols" else f"{split}-{seed}-{level}")
+    if level == "symbols":
+        rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng)]
+    elif level in LEVELS:
+        rows = word_problems(split, SIZES[split], rng, level)
+    else:
+        raise ValueError(f"there is no level {level!r}; there are symbols, " + ", ".join(LEVELS))
+    return Dataset.from_dict({"prompt": [prompt for prompt, _ in rows], "answer": [str(answer) for _, answer in rows],
+                              "level": [level] * len(rows)})
 
 
 def reward(response: str, example: dict) -> float:
-    """1.0 if the response ends in "#" and the right digit (its only "#": no second guess), else 0.0."""
-    final = re.fullmatch(r"[^#]*#(\d)", response)
-    return float(final is not None and final[1] == example["answer"])
+    """1.0 for the right answer, else 0.0. In symbols the response must end in "#" and a digit (its only "#": no second
+    guess). In words the last "Answer: <integer>" or "\\boxed{<integer>}" counts, and nothing else."""
+    if example["level"] == "symbols":
+        final = re.fullmatch(r"[^#]*#(\d)", response)
+        return float(final is not None and final[1] == example["answer"])
+    # Digits with a comma or a decimal part are another number: "Answer: 1,000" is not Answer: 1.
+    final = re.findall(r"Answer: *(-?\d+)(?![\d]|[.,]\d)|\\boxed\{ *(-?\d+) *\}", response)
+    return float(bool(final) and int("".join(final[-1])) == int(example["answer"]))
+
+
+# ------------------------------------------------------------------------- the same in words, for real language models
+
+LEVELS = {  # name: operations, largest number in the problem, operators. All results on the way are from 0 to 999.
+    "1": (1, 9, "+-"), "2": (1, 99, "+-"), "3": (2, 20, "+-"), "4": (3, 20, "+-*"), "5": (4, 20, "+-*"),
+    "6": (6, 50, "+-*"), "7": (8, 99, "+-*"), "8": (12, 99, "+-*"),
+}
+VERB = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
+
+
+def worked(rng: random.Random, level: str) -> tuple[str, str, int]:
+    """A problem of a level, its solution in the wanted form, its result:
+    "Start with 7. Add 8. Subtract 3.", "7 + 8 = 15. 15 - 3 = 12. Answer: 12", 12."""
+    operations, largest, operators = LEVELS[level]
+    value = rng.randint(1, largest)
+    problem, steps = f"Start with {value}.", []
+    while len(steps) < operations:
+        operator, number = rng.choice(operators), rng.randint(1, largest)
+        result = {"+": value + number, "-": value - number, "*": value * number}[operator]
+        if 0 <= result <= 999:
+            problem += f" {VERB[operator]} {number}."
+            steps.append(f"{value} {operator} {number} = {result}")
+            value = result
+    return problem, ". ".join(steps) + f". Answer: {value}", value
+
+
+def word_problems(split: str, count: int, rng: random.Random, level: str, shots: int = 2) -> list[tuple[list, int]]:
+    """`count` chats that end in a problem, and its result each. The worked examples before it are the level's own: small
+    models take from them the form, and base models (which read them as plain text) the whole task."""
+    examples, fixed = [], random.Random(f"examples-{level}")
+    for _ in range(shots):
+        problem, solution, _ = worked(fixed, level)
+        examples += [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
+    examples[0]["content"] = 'Work step by step and end with "Answer: " and the result.\n' + examples[0]["content"]
+    found = []
+    while len(found) < count:
+        problem, _, result = worked(rng, level)
+        if split_of(problem) == split:
+            found.append((examples + [{"role": "user", "content": problem}], result))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations
