@@ -13,16 +13,23 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, GPTNeoXConfig,
+                          LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen3Config)
 
 import asyppo
 import toy_task
 
 HERE = Path(__file__).parent
 VOCABULARY = 20
+
+
+KINDS = ["qwen3", "llama", "gpt2", "opt", "gpt_neox", "gemma3"]
 
 
 def random_model(kind: str = "qwen3", width: int = 16, seed: int = 0):
@@ -33,7 +40,13 @@ def random_model(kind: str = "qwen3", width: int = 16, seed: int = 0):
                                      num_key_value_heads=1, head_dim=8, max_position_embeddings=128, **common),
         "llama": lambda: LlamaConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                                      num_key_value_heads=2, max_position_embeddings=128, **common),
-        "gpt2": lambda: GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=128, **common),  # learned positions
+        "gpt2": lambda: GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=1024, **common),  # learned positions
+        "opt": lambda: OPTConfig(hidden_size=width, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,  # again, shifted
+                                 word_embed_proj_dim=width, max_position_embeddings=128, dropout=0.0, **common),
+        "gpt_neox": lambda: GPTNeoXConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+                                          num_attention_heads=2, max_position_embeddings=128, **common),
+        "gemma3": lambda: Gemma3TextConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=4, head_dim=8,
+                                           num_attention_heads=2, num_key_value_heads=1, sliding_window=4, **common),
     }[kind]()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -73,7 +86,7 @@ def with_nan_padding(x, mask):
 # ------------------------------------------------------------------------------------------------------- 2 Rollouts
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_sampled_is_what_is_scored(kind, temperature):
     model = random_model(kind)
@@ -84,7 +97,7 @@ def test_what_is_sampled_is_what_is_scored(kind, temperature):
     assert torch.allclose(entropy, batch.entropy, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_scores_equal_those_of_each_answer_alone_without_padding_or_cache(kind):
     model, batch = random_model(kind), sampled(random_model(kind))
@@ -558,6 +571,7 @@ def test_microbatches_do_not_change_the_gradient(tiny, monkeypatch):
         for model, optimizer in [(learner.actor, learner.actor_optimizer),
                                  *zip(learner.critics, learner.critic_optimizers)]:
             monkeypatch.setattr(optimizer, "step", lambda: None)  # keep the gradients to look at; nothing moves
+            monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
         asyppo.train_step(learner, 1)
         found.append([torch.cat([p.grad.flatten() for p in model.parameters()])
                       for model in (learner.actor, *learner.critics)])
@@ -701,14 +715,16 @@ def test_warm_up_is_at_most_half_of_a_run():
 def test_a_model_that_scores_differently_from_how_it_samples_stops_the_run(tiny, tmp_path, monkeypatch, capsys):
     real = asyppo.logprobs_and_entropy
     for error in (0.01, float("nan")):
+        monkeypatch.setattr(asyppo, "check_model", lambda *a: None)
         monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + error for x in real(*a)))
         assert asyppo.main(arguments(tiny, tmp_path / f"{error}")) == 2
         assert re.search("scores its own samples differently|not finite", capsys.readouterr().err)
 
 
-def test_a_model_with_capped_logits_is_refused():
+def test_a_model_that_is_used_in_another_way_is_refused():
+    for kind in KINDS:
+        asyppo.check_model(random_model(kind), kind)
     model = random_model()
-    asyppo.check_head(model, "plain")
     real = model.forward
 
     def capped(**inputs):
@@ -718,7 +734,17 @@ def test_a_model_with_capped_logits_is_refused():
 
     model.forward = capped
     with pytest.raises(asyppo.UserError, match="soft-capped or scaled"):
-        asyppo.check_head(model, "capped")
+        asyppo.check_model(model, "capped")
+    model = random_model()  # its cache forgets the padding: wrong for the shorter of two prompts
+    real_base = model.base_model.forward
+    model.base_model.forward = lambda attention_mask=None, **inputs: real_base(
+        attention_mask=attention_mask if inputs.get("past_key_values") is None else torch.ones_like(attention_mask), **inputs)
+    with pytest.raises(asyppo.UserError, match="its cache or positions"):
+        asyppo.check_model(model, "forgetful")
+    torch.manual_seed(0)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(asyppo.UserError, match="not supported"):
+        asyppo.check_model(mamba, "mamba")
 
 
 # ---------------------------------------------------------------------------------------------------- 8 Evaluation
@@ -750,6 +776,7 @@ def test_true_values_of_a_process_that_is_known(tiny):
 
 def arguments(tiny, out, *more):
     flags = dict(model=tiny / "actor", critic_model=tiny / "critic", steps=3, critic_warmup=1, eval_every=2, out=out, **SMALL)
+    flags |= {} if "--task" in more else {"level": "symbols"}
     return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + list(more)
 
 
@@ -837,9 +864,10 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     ("--algo grpo --group-size 1".split(), "--group-size 1 leaves GRPO nothing to compare"),
     (["--gamma", "nan"], "--gamma must be in [0, 1]"),
     (["--lr", "inf"], "--lr must be in (0, 1]"),
-    (["--model", "no/such-model"], "--model no/such-model: no model could be loaded"),
-    (["--model", "./no_such_directory"], "--model ./no_such_directory: no model could be loaded"),
-    (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: no model could be loaded"),
+    (["--model", "no/such-model"], "there is no such directory, and no model no/such-model could be had"),
+    (["--model", "./no_such_directory"], "--model ./no_such_directory: there is no such directory"),
+    (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: there is no such directory"),
+    (["--level", "9"], "there is no level '9'; there are symbols, 1, 2"),
     (["--task", "no_such_task.py"], "--task no_such_task.py: no such file"),
     (["--max-new-tokens", "300"], "exceeds the model's context of 256"),
     (["--prompts-per-step", "5000"], "has 4096 rows, but 5000 are needed"),
@@ -851,12 +879,13 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     ("def problems(split, seed):\n    return Dataset.from_dict({'question': ['1']})\n" + GOOD_REWARD,
      "no column 'prompt'; its columns are ['question']"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1+1=', '']* 4})\n" + GOOD_REWARD,
-     "the prompt of row 1 must be a non-empty string"),
+     "the prompt of row 1 must be a non-empty string or a list of chat messages"),
     ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "problems('train') failed: OSError: no disk"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n", "returned nan for problem '1+1='"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e39\n", "returned 1e+39 for problem '1+1='"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() failed on problem '1+1='"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "ZeroDivisionError"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n", "returned nan for row 0 of problems('train')"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e39\n", "returned 1e+39 for row 0 of problems("),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() returned 'good' for row"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return None\n", "TypeError"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "reward() failed with ZeroDivisionError"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, said):
     if isinstance(more, str):
@@ -871,7 +900,8 @@ def test_bad_input_from_the_shell_without_a_hub_has_no_traceback(tiny, tmp_path)
     done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "run"], cwd=tmp_path,
                           capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.startswith("asyppo: --model Qwen3-0.6B: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B: there is no such directory, and no model Qwen/Qwen3-")
+    assert "download the model first, or give the directory" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unusable_out_directory(tiny, tmp_path, capsys):
@@ -887,6 +917,194 @@ def test_presets_are_nothing_but_defaults():
         assert config.out == f"runs/{algo}-0"
     config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
     assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+
+
+# ------------------------------------------------------------------------------------------- Real language models
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
+          " %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+          "{% endif %}{% endif %}")  # what Qwen3's comes down to
+
+
+def byte_tokenizer(begin=False, template=None, pad=None):
+    """A token a byte, and one for a blank line; `begin`: it puts <s> before every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    newline = "\u010a"  # a byte-level tokenizer's sign for it
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, newline * 2])}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[(newline, newline)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad,
+                                   chat_template=template)
+
+
+CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "1+2?"}]
+
+
+@pytest.mark.parametrize("begin, template, shown", [
+    (False, CHATML, "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n1+2?<|im_end|>\n"
+                    "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    (True, "<s>" + CHATML.replace("<think>", "<t>"), "<s><|im_start|>user\n1+1?"),  # both would write one
+    (True, CHATML, "<s><|im_start|>user\n1+1?"),  # only the tokenizer would
+    (False, "<s>" + CHATML, "<s><|im_start|>user\n1+1?"),  # only the template
+    (True, None, "<s>1+1?\n2\n\n1+2?\n"),  # no template: worked examples as plain text
+    (False, None, "1+1?\n2\n\n1+2?\n"),
+])
+def test_a_chat_as_the_model_sees_it(begin, template, shown):
+    tokenizer = byte_tokenizer(begin, template)
+    ids = asyppo.encode(tokenizer, CHAT)
+    assert tokenizer.decode(ids).startswith(shown)
+    assert ids.count(tokenizer.bos_token_id) == shown.count("<s>") <= 1
+    text = asyppo.encode(tokenizer, "1+1?")
+    assert tokenizer.decode(text) == ("<s>" if begin else "") + "1+1?"
+
+
+@pytest.mark.parametrize("kind, begin, template, pad", [
+    ("gpt2", False, None, None),                   # learned positions, no pad token, no chat template
+    ("llama", True, "<s>" + CHATML, None),         # tokenizer and template both know the begin token
+    ("qwen3", False, CHATML, "</s>"),              # pad token == end token
+    ("gemma3", True, CHATML, None),                # sliding windows, and a head tied to scaled embeddings
+])
+def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, kind, begin, template, pad):
+    monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", 272)
+    monkeypatch.setattr(toy_task, "SIZES", {"train": 64, "test": 8})
+    tokenizer = byte_tokenizer(begin, template, pad)
+    model = random_model(kind)
+    if kind == "llama":
+        model.config.max_position_embeddings = 1024
+    if kind == "qwen3":
+        model.config.max_position_embeddings = 1024
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = f"--model {tmp_path}/model --steps 2 --max-new-tokens 8 --eval-problems 4 --critic-warmup 0 --utd 2".split()
+    flags += f"--prompts-per-step 2 --group-size 2 --out {tmp_path}/run --lr 1e-3 --micro-batch-tokens 900".split()
+    assert asyppo.main([*flags, "--activation-checkpointing"]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert re.search(r"level 1 +0% right of 32\nlevel 2 +0% .*\nchosen: level 1, though no level is between 10 and 90 %", told)
+    layers, quarter = model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 4)
+    count = sum(p.numel() for p in model.parameters())
+    assert re.search(rf"actor +{layers} +{count:,} +{count:,} +\d+ MiB\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
+    rows = rows_of(tmp_path / "run")
+    assert all(row["first_ratio_error"] < 1e-4 for row in rows[1:])
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["level"] == "1" and config["lr"] == 1e-3 and config["critic_lr"] == 5e-5, "--model's own defaults"
+    assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    assert "right of" not in capsys.readouterr().out, "the level is not chosen again"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor")
+    asyppo.load_critic(tmp_path / "run/critic_1")
+
+
+def test_a_blank_line_ends_an_answer_where_chats_are_plain_text(tiny):
+    learner = learner_of(tiny)
+    blank = byte_tokenizer().convert_tokens_to_ids("\u010a\u010a")
+    for template, chat, ends in [(None, True, {1, blank}), (CHATML, True, {1}), (None, False, {1})]:
+        learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
+        learner.task = type("Task", (), {"problems": staticmethod(lambda split, seed: datasets.Dataset.from_dict(
+            {"prompt": [CHAT if chat else "1+1=\n"]}))})
+        asyppo.load_problems(learner, "train", 1, "")
+        assert set(learner.end_ids) == ends
+
+
+def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(toy_task, "SIZES", {"train": 64, "test": 8})
+    learner, asked = learner_of(tiny, task=toy_task, level="symbols"), []
+    monkeypatch.setattr(asyppo, "encode", lambda tokenizer, prompt: [3])
+    for shares, best, warning in [({"1": 1.0, "2": 0.75, "3": 0.5, "4": 0.25, "5": 0.03, "6": 0.03}, "3", False),
+                                  ({"1": 1.0, "2": 0.95, "3": 0.03, "4": 0.0}, "3", True)]:
+        asked.clear()
+
+        def answer(learner, examples, generator):
+            asked.append(examples[0]["level"])
+            right = torch.zeros(len(examples))
+            right[:round(shares[examples[0]["level"]] * len(examples))] = 1
+            return None, right
+
+        monkeypatch.setattr(asyppo, "answer", answer)
+        assert asyppo.choose_level(learner) == best
+        assert asked == list(shares), "it stops after two hopeless levels in a row"
+        assert ("no level is between 10 and 90 %" in capsys.readouterr().out) == warning
+
+
+def test_critics_must_read_the_actors_tokens(tiny, tmp_path, capsys):
+    other = toy_task.make_tokenizer()
+    shutil.copytree(tiny / "critic", tmp_path / "critic")
+    text = (tmp_path / "critic/tokenizer.json").read_text()
+    (tmp_path / "critic/tokenizer.json").write_text(text.replace('"+": 13', '"+": 14').replace('"-": 14', '"-": 13'))
+    assert AutoTokenizer.from_pretrained(tmp_path / "critic")("+").input_ids != other("+").input_ids
+    assert asyppo.main(arguments(tiny, tmp_path / "run", "--critic-model", str(tmp_path / "critic"))) == 2
+    told = capsys.readouterr().err
+    assert "its tokenizer is another one; '" in told and told.count("\n") == 1
+
+
+def test_a_model_directory_without_weights_and_a_bare_name(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "actor", tmp_path / "actor")
+    (tmp_path / "actor/model.safetensors").unlink()
+    assert asyppo.main(arguments(tiny, tmp_path / "run", "--model", str(tmp_path / "actor"))) == 2
+    told = capsys.readouterr().err
+    assert f"the directory {tmp_path}/actor holds no model that can be loaded" in told and told.count("\n") == 1
+    assert asyppo.full_name("Qwen3-1.7B-Base") == "Qwen/Qwen3-1.7B-Base" and asyppo.full_name("a/b") == "a/b"
+    assert asyppo.full_name(str(tiny)) == str(tiny) and asyppo.full_name("") == ""
+
+
+def test_activation_checkpointing_leaves_the_gradient_the_same_and_the_cache_on(tiny, monkeypatch):
+    found = []
+    for on in (False, True):
+        learner = learner_of(tiny, activation_checkpointing=on, utd=1)
+        monkeypatch.setattr(learner.actor_optimizer, "step", lambda: None)
+        monkeypatch.setattr(learner.actor_optimizer, "zero_grad", lambda: None)
+        lengths, real = [], learner.actor.base_model.forward
+        learner.actor.base_model.forward = lambda **inputs: lengths.append(inputs["input_ids"].shape[1]) or real(**inputs)
+        asyppo.train_step(learner, 1)
+        assert lengths[1] == 1, "the second pass reads one new token"
+        assert learner.actor.training
+        found.append(torch.cat([p.grad.flatten() for p in learner.actor.parameters()]))
+    assert found[0].abs().max() > 1e-4 and torch.allclose(*found, atol=1e-6)
+
+
+def test_sampling_in_parts_is_the_same_policy():
+    model, prompts = random_model(), [[3, 4, 5], [6], [2, 9, 9, 8, 4]] * 3
+    batch = asyppo.generate(model, prompts, 12, 1.0, [1, 7], 0, torch.Generator().manual_seed(0), at_once=4)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
+    assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
+    assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
+    assert batch.truncated.any() and not batch.truncated.all() and batch.mask.sum(1).max() == batch.mask.shape[1]
+
+
+def test_heads_are_float32_where_bodies_are_bf16(monkeypatch):
+    """What happens on a GPU, on the CPU: in bf16, 2 of 3 digits of a log-probability would be lost."""
+    model, critic = random_model(), asyppo.MiniCritic(random_model().base_model)
+    monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    seen = []
+    model.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch = sampled(model)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
+    assert set(seen) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):  # whoever calls
+        values = critic(batch)
+        for x in (logprobs, entropy, values, asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
+            assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+    (logprobs.sum() + entropy.sum() + values.sum()).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in [*model.parameters(), *critic.parameters()])
+
+
+def test_out_of_memory_names_the_flag_to_lower(tiny, tmp_path, monkeypatch, capsys):
+    def no_room(*a, **k):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for function, said in (("update_actor", "while training; lower --micro-batch-tokens (now 2048)"),
+                           ("critic_values", "while training; lower --micro-batch-tokens (now 2048)"),
+                           ("generate", "while sampling; lower --sample-batch (now 128)")):
+        with monkeypatch.context() as patch:
+            patch.setattr(asyppo, "check_model", lambda *a: None)
+            patch.setattr(asyppo, function, no_room)
+            assert asyppo.main(arguments(tiny, tmp_path / function, "--critic-warmup", "0")) == 2
+        told = capsys.readouterr().err
+        assert said in told and "Traceback" not in told
 
 
 # -------------------------------------------------------------------------------------- Checkpoints, resume, faults
@@ -968,7 +1186,7 @@ def test_steps_may_be_raised_but_nothing_that_is_learnt(tiny, unstopped, tmp_pat
         assert asyppo.main(["--resume", str(out), *flags]) == 2
         assert said in capsys.readouterr().err
     before = rows_of(out)
-    assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", str(asyppo.Config.lr)]) == 0  # the run's own lr
+    assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "5e-6"]) == 0  # the run's own lr
     assert rows_of(out) == rows_of(unstopped) and rows_of(out)[:5] == before
     assert json.loads((out / "config.json").read_text())["steps"] == 8
 
@@ -1069,16 +1287,46 @@ def test_a_mistake_never_cancels():
 
 
 def test_reward_is_strict():
-    example = {"answer": "8"}
+    example = {"answer": "8", "level": "symbols"}
     right, wrong = ["5-8=7;7+9=6#8", "#8"], ["", "8", "#7", "#8#8", "#7#8", "#8 ", "#8;", "#88", "# 8", "5-8=7;7+9"]
     assert [toy_task.reward(r, example) for r in right] == [1, 1] and not any(toy_task.reward(r, example) for r in wrong)
+
+
+def test_reward_in_words_is_strict():
+    example = {"answer": "-8", "level": "3"}
+    right = ["Answer: -8", "Answer:-8", "5 - 13 = -8. Answer: -8.", r"so \boxed{-8}", r"\boxed{ -8 }", "Answer: 7. Answer: -8",
+             "Answer: -08", r"\boxed{7} Answer: -8", "Answer: -8\n\nGoodbye"]
+    wrong = ["", "-8", "The result is -8", "answer: -8", "Answer -8", "Answer: 8", "Answer: -8.5", "Answer: -8,000",
+             "Answer: -8 Answer: 7", r"Answer: -8 \boxed{7}", "Answer: -81", r"\boxed{-8.0}", "Answer: minus 8", r"\boxed -8"]
+    assert [r for r in right if toy_task.reward(r, example) != 1] == []
+    assert [r for r in wrong if toy_task.reward(r, example) != 0] == []
+
+
+@pytest.mark.parametrize("level", list(toy_task.LEVELS))
+def test_problems_in_words_are_right_and_of_their_level(level):
+    operations, largest, operators = toy_task.LEVELS[level]
+    train, test = (toy_task.problems(split, 0, level) for split in ("train", "test"))
+    assert not {str(p) for p in train["prompt"]} & {str(p) for p in test["prompt"]}
+    assert len(train) == 4096 and train[:5] == toy_task.problems("train", 0, level)[:5]
+    for row in train.select(range(200)):
+        assert [m["role"] for m in row["prompt"]] == ["user", "assistant"] * 2 + ["user"]
+        example = row["prompt"][0]["content"], row["prompt"][1]["content"]
+        for problem, answer in [example, (row["prompt"][-1]["content"], f"Answer: {row['answer']}")]:
+            numbers = re.findall(r"(Start with|Add|Subtract|Multiply by) (\d+)\.", problem)
+            assert len(numbers) == operations + 1 and all(1 <= int(n) <= largest for _, n in numbers)
+            value = 0
+            for verb, number in numbers:
+                value = {"Start with": int(number), "Add": value + int(number), "Subtract": value - int(number),
+                         "Multiply by": value * int(number)}[verb]
+                assert 0 <= value <= 999
+            assert toy_task.reward(answer, {"answer": str(value), "level": level}) == 1
 
 
 def test_demonstrations_follow_their_problem():
     rng, hasty, seen = random.Random(0), 0, 0
     for expression in toy_task.expressions_of("train", 400, rng):
         text = toy_task.demonstration(expression, rng)
-        assert toy_task.reward(text, {"answer": str(toy_task.calculate(expression))}) == 1
+        assert toy_task.reward(text, {"answer": str(toy_task.calculate(expression)), "level": "symbols"}) == 1
         assert all(toy_task.calculate(a) == int(b) for a, b in re.findall(r"([\d+*-]+)=(\d)", text))
         hasty += bool(re.search(r"\d[-+*]\d[-+*]", text))
         seen += "!" in text
