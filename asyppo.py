@@ -13,6 +13,7 @@ token and makes it cheap and sturdy:
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
+    python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same arithmetic in words
     python asyppo.py --help                  every choice, with its default and its reason
 
 Map of the file, in reading order                           The paper's symbols, and ours
@@ -26,8 +27,8 @@ Map of the file, in reading order                           The paper's symbols,
   7 Training     train_step: the paper's iteration            I_A, I_H     adv_keep, ent_keep [B, T], 0 or 1
   8 Evaluation   evaluate, true_values                        rho_t        ratio = pi_theta / pi_old
   - - - - - - -  the plumbing: a first reader may stop here   k, h, beta   mask_k, filter_h, entropy_coef
-  9 Plumbing     command line, loading, run, pictures,        G, M         group_size, critics
-                 saving, --profile, main
+  9 Plumbing     loading, the run, checkpoints, pictures,     G, M         group_size, critics
+                 --profile, command line, main
 
 Shapes: B answers (prompts x G, the answers to one prompt side by side), P prompt positions (left-padded), T answer
 positions (right-padded), M critics, V vocabulary entries, D hidden width. `mask` [B, T] is 1 on answer tokens, the end
@@ -48,6 +49,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -955,7 +957,7 @@ def make_learner(config: Config, task) -> Learner:
                             f"smaller than the tokenizer's of {len(tokenizer)}")
     # Train mode throughout: all dropout is 0, and activation checkpointing, where a model has it, needs train mode.
     for model in (actor, *(critic.backbone for critic in critics)) if config.activation_checkpointing else ():
-        try:  # the second is its name before transformers 5.18 or so
+        try:  # the second is its name in older versions of transformers
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--activation-checkpointing: not with this model ({first_line(error)})")
@@ -1286,7 +1288,8 @@ class TokenStory:
                           rotation=90 if max(map(len, self.texts)) > 3 else 0)
         bottom.set_xlabel("token of the answer")
         figure.suptitle(self.title.replace("$", r"\$"), family="monospace", fontsize=10, wrap=True)
-        figure.savefig(path, dpi=110)
+        with warnings.catch_warnings(action="ignore"):  # of characters that the font does not have
+            figure.savefig(path, dpi=110)
 
     def print(self) -> None:
         """In colour, red (V_bar low) to green (high), where the terminal shows it; else one line per quantity."""

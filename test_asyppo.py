@@ -1358,8 +1358,42 @@ COMMANDS = sorted({line.split("#")[0].strip() for kind, text in FENCES if kind =
                    if re.match(r"python (asyppo|toy_task)\.py", line)})
 
 
+@pytest.fixture(scope="module")
+def small_llm(tmp_path_factory):
+    """Reads any text, and chats."""
+    folder = tmp_path_factory.mktemp("small_llm")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                         bos_token_id=None, eos_token_id=3, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer(template=CHATML).save_pretrained(folder)
+    return folder
+
+
+real_load_dataset = datasets.load_dataset
+
+
+def load_gsm8k(name, *rest, **flags):
+    """Two rows of openai/gsm8k, which the tests cannot reach; any other data set is loaded."""
+    if name != "openai/gsm8k":
+        return real_load_dataset(name, *rest, **flags)
+    assert rest == ("main",) and flags["split"] in ("train", "test")
+    return datasets.Dataset.from_dict({"question": ["Ann has 2 boxes of 617. How many?", "One and one?"] * 8,
+                                       "answer": ["2 * 617 = <<2*617=1234>>1234\n#### 1,234", "1 + 1 = 2\n#### 2"] * 8})
+
+
+def test_readme_gsm8k_task(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
+    task = {}
+    exec(next(text for kind, text in FENCES if text.startswith("# gsm8k.py")), task)
+    row = next(row for row in task["problems"]("train", 0) if "Ann" in row["question"])
+    assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
+    for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0), ("1234", 0), ("", 0)]:
+        assert task["reward"](response, row) == value
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_as_typed_but_short(command, tiny, tmp_path, monkeypatch, capsys):
+def test_readme_commands_as_typed_but_short(command, tiny, small_llm, tmp_path, monkeypatch, capsys):
     """Every python command of the README, with its own flags, cut down in length."""
     monkeypatch.chdir(tmp_path)
     for kind, text in FENCES:  # the files that the README tells the reader to write
@@ -1374,7 +1408,8 @@ def test_readme_commands_as_typed_but_short(command, tiny, tmp_path, monkeypatch
         assert asyppo.main(flags) == 0
         return
     if "--model" in flags:
-        flags[flags.index("--model") + 1] = str(tiny / "actor")
+        flags[flags.index("--model") + 1] = str(small_llm)
+    monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
     short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16".split()
     if "--true-values" in flags:
         flags[flags.index("--true-values") + 1] = "8"
