@@ -78,23 +78,24 @@ class Config:
     # What is trained, on what, for how long.
     model: str = option("", "actor: a model directory, a hub name, or a bare Qwen3-0.6B for Qwen/Qwen3-0.6B (default: "
                             "the task's own, if it brings one)")
-    critic_model: str = option("", "mini-critics' base, named likewise, same tokenizer as the actor (default: the task's "
-                                   "own if --model is not given, else the actor's checkpoint, cut)")
+    critic_model: str = option("", "mini-critics' base, named likewise, same tokenizer as the actor (default: the "
+                                   "task's own if --model is not given, else the actor's checkpoint, cut)")
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
-    level: str = option("auto", "the task's level of difficulty; auto: with --model, of those the task has, the one nearest "
-                                "to 40 % right before training; without, the task's own")
+    level: str = option("auto", "the task's level of difficulty; auto: with --model, of those the task has, the one "
+                                "nearest to 40 % right before training; without, the task's own")
     out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of all that is random in training; on one CPU machine it repeats the metrics, timings aside")
     # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
     prompts_per_step: int = option(32, "prompts in a batch")
     group_size: int = option(8, "G: answers sampled per prompt")
-    max_new_tokens: int = option(64, "length limit of an answer (256 with --model); the share that hits it is logged as "
-                                     "truncated_share")
+    max_new_tokens: int = option(64, "length limit of an answer (256 with --model); the share that hits it is logged "
+                                     "as truncated_share")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
-    # parameters; the toy actor is 40,000 times smaller (see REAL below for --model). The paper is silent on clip: 0.2 is PPO's usual. All
-    # gradients are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language models.
+    # parameters; the toy actor is 40,000 times smaller (for --model see REAL below). The paper is silent on clip: 0.2 is
+    # PPO's usual. All gradients are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language
+    # models.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
     lr: float = option(3e-5, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, for billions")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
@@ -133,8 +134,8 @@ class Config:
     # Fitting into memory. The first and the last leave the gradient the same.
     micro_batch_tokens: int = option(4096, "tokens per forward pass in training (2048 with --model)")
     sample_batch: int = option(256, "answers sampled at once (128 with --model)")
-    activation_checkpointing: bool = option(False, "make activations once more in the backward pass, a layer at a time, "
-                                                   "rather than keep them all: less memory, a third more time")
+    activation_checkpointing: bool = option(False, "make activations once more in the backward pass, a layer at a "
+                                                   "time, rather than keep them all: less memory, a third more time")
     checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only when "
                                        "stopped by Ctrl-C or SIGTERM)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
@@ -848,7 +849,7 @@ def load_problems(learner: Learner, split: str, at_least: int, level: str):
         raise UserError(f"{what} has {len(problems)} rows, but {at_least} are needed")
     longest, is_chat = 0, False
     for i, prompt in enumerate(problems["prompt"]):
-        is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
         if not prompt or not (isinstance(prompt, str) or is_chat):
             raise UserError(f"{what}: the prompt of row {i} must be a non-empty string or a list of chat messages "
                             f"(role, content), not {prompt!r}")
@@ -871,7 +872,8 @@ def choose_level(learner: Learner, sample: int = 32) -> str:
     for level in learner.task.LEVELS:
         problems = load_problems(learner, "train", 1, level)
         learner.train_problems = learner.test_problems = problems  # where a failing reward() is looked up
-        scores = answer(learner, list(problems.select(range(min(sample, len(problems))))), generators(learner, -3)[0])[1]
+        some = list(problems.select(range(min(sample, len(problems)))))
+        _, scores = answer(learner, some, generators(learner, -3)[0])
         shares[level] = float(scores.mean())
         print(f"level {level:10s} {shares[level]:4.0%} right" + (" of %d" % len(scores)))
         if len(shares) > 1 and max(list(shares.values())[-2:]) < 0.05:
@@ -903,8 +905,8 @@ def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
     except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
         where = (f"the directory {name} holds no model that can be loaded" if Path(name).is_dir() else
                  f"there is no such directory, and no model {name} could be had from the hub")
-        raise UserError(f"{flag} {name}: {where} ({first_line(error)}); download the model first, or give the directory "
-                        "of a saved one")
+        raise UserError(f"{flag} {name}: {where} ({first_line(error)}); download the model first, or give the "
+                        "directory of a saved one")
 
 
 def full_name(name: str) -> str:
@@ -953,12 +955,14 @@ def make_learner(config: Config, task) -> Learner:
                             f"{theirs.get(different)}, the actor's is {vocabulary[different]}. Critics must read the "
                             "actor's tokens; without --critic-model they are the actor's first layers")
         if critics[0].backbone.config.vocab_size < len(tokenizer):
-            raise UserError(f"--critic-model {critic_name}: its vocabulary of {critics[0].backbone.config.vocab_size} is "
-                            f"smaller than the tokenizer's of {len(tokenizer)}")
+            raise UserError(f"--critic-model {critic_name}: its vocabulary of {critics[0].backbone.config.vocab_size} "
+                            f"is smaller than the tokenizer's of {len(tokenizer)}")
     # Train mode throughout: all dropout is 0, and activation checkpointing, where a model has it, needs train mode.
     for model in (actor, *(critic.backbone for critic in critics)) if config.activation_checkpointing else ():
-        try:  # the second is its name in older versions of transformers
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # The second is its name in older versions of transformers.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        try:
+            enable({"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--activation-checkpointing: not with this model ({first_line(error)})")
     learner = Learner(
@@ -1039,7 +1043,8 @@ def train(config: Config, task) -> int:
         if not rows:
             note({"step": 0, "eval_accuracy": evaluate(learner)})
             tqdm.write(f"step {0:4d}  held-out accuracy {rows[0]['eval_accuracy']:.3f}")
-        start, accuracy = rows[-1]["step"], [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None][-1]
+        start = rows[-1]["step"]
+        accuracy = [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None][-1]
         with tqdm(total=config.steps, initial=start, desc=config.algo) as bar:
             for step in range(start + 1, config.steps + 1):
                 evaluating = step % config.eval_every == 0 or step == config.steps
@@ -1049,8 +1054,8 @@ def train(config: Config, task) -> int:
                     write_whole(out / "diverged.json", json.dumps(diagnosis(learner, step, error), indent=1).encode())
                     raise UserError(f"step {step}: training has diverged, {error} in a new run; what the batch looked "
                                     f"like is in {out}/diverged.json")
-                # Before any update the ratio is 1, but for rounding: 1e-5 in float32; in bf16 it is off by a per cent on
-                # average and by a third on the odd token (KL 3e-4).
+                # Before any update the ratio is 1, but for rounding: 1e-5 in float32; in bf16 it is off by a per cent
+                # on average and by a third on the odd token (KL 3e-4).
                 key, limit = ("first_ratio_error", 1e-3) if learner.device.type == "cpu" else ("first_kl", 1e-2)
                 if metrics[key] is not None and not metrics[key] < limit:
                     raise UserError(f"step {step}: the model scores its own samples differently from how it sampled "
@@ -1149,7 +1154,7 @@ def load_checkpoint(learner: Learner, path: Path) -> list[dict]:
 
 
 def diagnosis(learner: Learner, step: int, error: Exception) -> dict:
-    """What a batch looked like in which training diverged: its tensors over the valid tokens, its answers and scores."""
+    """What the batch looked like in which training diverged: its tensors over the valid tokens, answers and scores."""
     report, view = {"step": step, "error": str(error)}, dict(learner.view)
     if view:
         batch, scores = view.pop("batch"), view.pop("scores")
@@ -1174,7 +1179,7 @@ def table_of(learner: Learner) -> str:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layers = getattr(model, "backbone", model).config.num_hidden_layers
         lines.append(f"{name:10s}{layers:8d}{count:14,d}{trainable:14,d}{memory_of(model):8.0f} MiB")
-    return "\n".join(lines) + "\n(float32 weights and Adam's two moments; a gradient, activations and the cache come on top)"
+    return "\n".join([*lines, "(float32 weights and Adam's two moments; a gradient, activations, the cache come on top)"])
 
 
 def as_json(row: dict) -> str:
@@ -1489,8 +1494,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         line, code = str(error), 2
     except torch.OutOfMemoryError:
-        line, code = (f"out of memory while training; lower --micro-batch-tokens (now {config.micro_batch_tokens}) or add "
-                      "--activation-checkpointing: with --resume, too, as both leave the gradient the same"), 2
+        line, code = (f"out of memory while training; lower --micro-batch-tokens (now {config.micro_batch_tokens}) or "
+                      "add --activation-checkpointing: with --resume, too, as both leave the gradient the same"), 2
     except OSError as error:  # a full disk, a name too long
         line, code = f"{error}; a run that has begun goes on with --resume and its directory", 2
     except KeyboardInterrupt:

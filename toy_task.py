@@ -120,8 +120,8 @@ def worked(rng: random.Random, level: str) -> tuple[str, str, int]:
 
 
 def word_problems(split: str, count: int, rng: random.Random, level: str, shots: int = 2) -> list[tuple[list, int]]:
-    """`count` chats that end in a problem, and its result each. The worked examples before it are the level's own: small
-    models take from them the form, and base models (which read them as plain text) the whole task."""
+    """`count` chats that end in a problem, and its result each. The worked examples before it are the level's own: from
+    them small models take the form, and base models, which read them as plain text, the whole task."""
     examples, fixed = [], random.Random(f"examples-{level}")
     for _ in range(shots):
         problem, solution, _ = worked(fixed, level)
