@@ -14,7 +14,7 @@ token and makes it cheap and sturdy:
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
     python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same arithmetic in words
-    python asyppo.py --help                  every choice, with its default and its reason
+    python asyppo.py --help                  every flag and its default (the reasons stand in Config)
 
 Map of the file, in reading order                           The paper's symbols, and ours
   1 Config       every choice, documented in place            q            prompt           o      answer
@@ -60,6 +60,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import DynamicCache
 
 # ================================================================================================== 1 Config
 
@@ -83,7 +84,7 @@ class Config:
     task: str = option(str(Path(__file__).with_name("toy_task.py")), "task file with problems() and reward()")
     level: str = option("auto", "the task's level of difficulty; auto: with --model, of those the task has, the one "
                                 "nearest to 40 % right before training; without, the task's own")
-    out: str = option("", "directory for all that the run leaves behind (default: runs/ALGO-SEED)")
+    out: str = option("", "directory for all that the run leaves behind (default: runs/[MODEL-]ALGO-SEED)")
     steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of all that is random in training; on one CPU machine it repeats the metrics, timings aside")
     # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
@@ -93,17 +94,17 @@ class Config:
                                      "as truncated_share")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
-    # parameters; the toy actor is 40,000 times smaller (for --model see REAL below). The paper is silent on clip: 0.2 is
-    # PPO's usual. All gradients are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language
+    # parameters; the toy actor is 40,000 times smaller (for --model see REAL below). The paper is silent on clip: 0.2
+    # is PPO's usual. All gradients are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language
     # models.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
-    lr: float = option(3e-5, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, for billions")
+    lr: float = option(3e-5, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
     # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36, the
-    # rest is the critics' word. It fits the toy's 20 to 50 tokens; for longer answers move it nearer to 1.
+    # rest is the critics' word. It fits the toy's 20 to 50 tokens; for the longer answers of real models, 0.99.
     gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.95, "GAE's lambda for the actor's advantages")
+    lam: float = option(0.95, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
     # (critic_lam 1), which no critic's error can bias. 3e-3 suits the toy's mini-critics of 27,000 parameters, which
@@ -155,7 +156,7 @@ PRESETS = {
 
 # With --model, other defaults: what suits pretrained models of some hundred million to a billion parameters, and one
 # GPU of 24 GB.
-REAL = dict(lr=5e-6, critic_lr=5e-5, max_new_tokens=256, micro_batch_tokens=2048, sample_batch=128)
+REAL = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=2048, sample_batch=128)
 
 
 class UserError(Exception):
@@ -220,9 +221,11 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     model.eval()  # in train mode, activation checkpointing would switch the cache off
 
     with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
-        for alive in torch.arange(B, device=device).split(at_once):  # rows being written; finished ones leave
+        parts = torch.arange(B, device=device).split(at_once)
+        for alive in tqdm(parts, desc="sampling", leave=False, delay=2):  # rows being written; finished ones leave
             # The first pass reads the prompts [B, P]; every later one a new token per row [alive, 1] and the cache.
-            inputs, place, cache = tokens[alive, :P], positions(attention[alive, :P]), None
+            inputs, place = tokens[alive, :P], positions(attention[alive, :P])
+            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
             for t in range(T):
                 output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
                                           past_key_values=cache, use_cache=True)
@@ -250,14 +253,21 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                    logprobs[:, :width], entropy[:, :width], truncated)
 
 
+class HalfCache(DynamicCache):
+    """Keys and values in bf16, as attention takes them in mixed precision; autocast leaves them in float32."""
+
+    def update(self, keys, values, *rest, **more):
+        return super().update(keys.bfloat16(), values.bfloat16(), *rest, **more)
+
+
 def mixed_precision(device: torch.device):
     """On a GPU, run the matrix products of a model's body in bf16, from float32 weights; on a CPU, nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[..., D] -> [..., V], always in float32: to bf16, with its 8 binary digits, a logit of 20 may be 19.94, and rho
-    would be off by 6 %."""
+    """[..., D] -> [..., V], in float32: to bf16, with its 8 binary digits, a logit of 19.94 is 20, and rho would be off
+    by 6 %."""
     with torch.autocast(hidden.device.type, enabled=False):
         return model.get_output_embeddings()(hidden.float()) / temperature
 
@@ -432,9 +442,9 @@ def advantage_mask(sigma, mask, k):
     if not 0 <= k <= 1:
         raise ValueError(f"k must be a share between 0 and 1, not {k}")
     valid = mask.bool()
-    keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
-    if len(signal) and signal.min() < signal.max():
-        keep[signal.argsort(stable=True)[:int(k * len(signal))]] = 0
+    keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
+    if len(ranked) and ranked.min() < ranked.max():
+        keep[ranked.argsort(stable=True)[:int(k * len(ranked))]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -448,9 +458,9 @@ def entropy_filter(sigma, mask, h):
     if not 0 <= h <= 1:
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
-    keep, signal = torch.ones_like(sigma[valid]), sigma[valid]
-    if len(signal) and signal.min() < signal.max():
-        keep[signal.argsort(stable=True, descending=True)[:int(h * len(signal))]] = 0
+    keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
+    if len(ranked) and ranked.min() < ranked.max():
+        keep[ranked.argsort(stable=True, descending=True)[:int(h * len(ranked))]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -533,9 +543,9 @@ class Learner:
 
 
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
-    """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone: an
-    iteration's draws do not depend on what ran before it. Even numbers for the device, odd ones for the CPU; the
-    factor is above any number of steps, so that no two seeds share an iteration's randomness."""
+    """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone (-1:
+    evaluation, -2: true values, -3: levels): an iteration's draws do not depend on what ran before it. Even numbers for
+    the device, odd ones for the CPU; the factor is above any number of steps, so no two seeds share randomness."""
     seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -555,16 +565,17 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     return ids if not begins or ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
-def answer(learner: Learner, examples: list[dict], generator) -> tuple[Rollout, torch.Tensor]:
-    """Sample one answer to each example's prompt and have it graded: the rollout, and the verifier's R of each, [B]."""
-    config, tokenizer = learner.config, learner.tokenizer
-    prompts = [encode(tokenizer, example["prompt"]) for example in examples]
+def answer(learner: Learner, examples: list[dict], generator, begun=None) -> tuple[Rollout, torch.Tensor]:
+    """Sample one answer to each example's prompt and have it graded: the rollout, and the verifier's R of each, [B].
+    begun: what has been written of each answer already, lists of equally many tokens."""
+    config, begun = learner.config, begun or [[]] * len(examples)
+    prompts = [encode(learner.tokenizer, example["prompt"]) + tokens for example, tokens in zip(examples, begun)]
     try:
-        batch = generate(learner.actor, prompts, config.max_new_tokens, config.temperature, learner.end_ids,
-                         learner.pad_id, generator, config.sample_batch)
+        batch = generate(learner.actor, prompts, config.max_new_tokens - len(begun[0]), config.temperature,
+                         learner.end_ids, learner.pad_id, generator, config.sample_batch)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory while sampling; lower --sample-batch (now {config.sample_batch})")
-    scores = [reward_of(learner, text, example) for text, example in zip(texts_of(learner, batch), examples)]
+    scores = [reward_of(learner, text, example) for text, example in zip(texts_of(learner, batch, begun), examples)]
     return batch, torch.tensor(scores, device=learner.device)
 
 
@@ -657,7 +668,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     explained = explained_variance(v_bar, outcome, mask) if critics else None
     learner.view.update(values=values, v_bar=v_bar)
     seconds_critic = clock.lap()
-    predicted = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
+    looked = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
     clock.lap()  # this one is not counted
 
     # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic
@@ -712,7 +723,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
         "first_kl": passes[0]["kl"] if passes else None,
         "explained_variance": explained, "sigma_mean": mean(sigma), "masked_share": 1 - mean(adv_keep),
         "filtered_share": 1 - mean(ent_keep), "seconds_rollout": seconds_rollout, "seconds_critic": seconds_critic,
-        "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **predicted,
+        "seconds_actor": seconds_actor, "generated_tokens_per_second": float(tokens) / seconds_rollout, **looked,
     }
 
 
@@ -723,12 +734,9 @@ def evaluate(learner: Learner) -> float:
     """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
     training temperature: the policy as it is. Always the same seed, so that an unchanged
     policy gets the same number twice."""
-    generator, _ = generators(learner, -1)
-    examples = list(learner.test_problems.select(range(min(learner.config.eval_problems, len(learner.test_problems)))))
-    size = learner.config.sample_batch
-    scores = [answer(learner, examples[i:i + size], generator)[1]
-              for i in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, delay=2)]
-    return float(torch.cat(scores).mean())
+    problems, config = learner.test_problems, learner.config
+    examples = list(problems.select(range(min(config.eval_problems, len(problems)))))
+    return float(answer(learner, examples, generators(learner, -1)[0])[1].mean())
 
 
 def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples: list[dict], count: int,
@@ -744,23 +752,16 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
     generator, cpu_generator = generators(learner, -2)
     states = batch.mask.nonzero()  # [N, 2]: row, t
     states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
-    P, size, truth, within, guess = batch.prompt_width, learner.config.sample_batch, [], [], []
+    P, truth, within, guess = batch.prompt_width, [], [], []
     # States at the same place have the same room left to end in, so they are continued together.
     for t in tqdm(states[:, 1].unique().tolist(), desc="true values", leave=False, delay=2):
-        rows = states[states[:, 1] == t, 0]
-        prefixes = [batch.tokens[i, :P + t][batch.attention[i, :P + t].bool()].tolist() for i in rows]
-        todo = [(prefix, examples[i]) for prefix, i in zip(prefixes, rows.tolist()) for _ in range(continuations)]
-        scores = []
-        for n in range(0, len(todo), size):
-            some = todo[n:n + size]
-            endings = generate(learner.actor, [prefix for prefix, _ in some], learner.config.max_new_tokens - t,
-                               learner.config.temperature, learner.end_ids, learner.pad_id, generator, size)
-            written = texts_of(learner, endings, [prefix[len(prefix) - t:] for prefix, _ in some])
-            scores += [reward_of(learner, text, example) for text, (_, example) in zip(written, some)]
-        scores = torch.tensor(scores).view(-1, continuations)
+        rows = states[states[:, 1] == t, 0].repeat_interleave(continuations)
+        begun = batch.tokens[rows, P:P + t].tolist()
+        _, scores = answer(learner, [examples[i] for i in rows.tolist()], generator, begun)
+        scores = scores.cpu().view(-1, continuations)
         truth.append(scores.mean(1))
         within.append(scores.var(1))
-        guess.append(v_bar[rows, t].cpu())
+        guess.append(v_bar[rows[::continuations], t].cpu())
     truth, within, error = torch.cat(truth), torch.cat(within).mean(), torch.cat(guess) - torch.cat(truth)
     luck = within / continuations  # what the finite number of endings adds to every variance and square below
     total = truth.var() - luck + within
@@ -770,7 +771,7 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
 
 
 # ######################################################################################################################
-# The algorithm ends here. Below is plumbing: loading, the run, pictures, saving, timing, the command line.
+# The algorithm ends here. Below is plumbing: loading, the run, checkpoints, pictures, timing, the command line.
 # ######################################################################################################################
 
 # ================================================================================================== 9 Plumbing
@@ -795,24 +796,25 @@ def texts_of(learner: Learner, batch: Rollout, written: list[list[int]] | None =
     texts = []
     for row in range(len(batch.mask)):
         tokens = batch.tokens[row, batch.prompt_width:][batch.mask[row].bool()].tolist()
-        tokens = tokens[:-1] if tokens and tokens[-1] in learner.end_ids else tokens
-        texts.append(learner.tokenizer.decode((written[row] if written else []) + tokens))  # special tokens are seen
+        last = learner.tokenizer.decode(tokens.pop()) if tokens and tokens[-1] in learner.end_ids else ""
+        last = last.partition("\n")[0] if "\n" in last else ""  # a line break may come in one token with a full stop
+        texts.append(learner.tokenizer.decode((written[row] if written else []) + tokens) + last)
     return texts
 
 
 def reward_of(learner: Learner, text: str, example: dict) -> float:
     value = None
     try:
-        value = learner.task.reward(text, example)
+        value = learner.task.reward(text, dict(example))
         if abs(float(value)) < 1e30:  # not NaN, not infinite, nor soon so in float32
             return float(value)
         wrong = f"returned {value!r}"
     except Exception as error:
         wrong = f"returned {value!r}" if value is not None else f"failed with {first_line(error)}"
-    where = next(f"row {i} of problems({split!r})" for split, problems in (("train", learner.train_problems),
-                                                                            ("test", learner.test_problems))
-                 for i, row in enumerate(problems) if row == example)
-    raise UserError(f"reward() {wrong} for {where}; it must return a finite number")
+    splits = (("train", learner.train_problems), ("test", learner.test_problems))
+    where = [f"row {i} of problems({split!r})" for split, problems in splits for i, row in enumerate(problems)
+             if row == example]
+    raise UserError(f"reward() {wrong} for {where[0] if where else example}; it must return a finite number")
 
 
 def load_task(path: str):
@@ -822,7 +824,7 @@ def load_task(path: str):
     spec = importlib.util.spec_from_file_location("task", path)
     if spec is None:
         raise UserError(f"--task {path}: not a Python file (it must end in .py)")
-    task = importlib.util.module_from_spec(spec)
+    task = sys.modules["task"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(task)
     except Exception as error:
@@ -849,19 +851,25 @@ def load_problems(learner: Learner, split: str, at_least: int, level: str):
         raise UserError(f"{what} has {len(problems)} rows, but {at_least} are needed")
     longest, is_chat = 0, False
     for i, prompt in enumerate(problems["prompt"]):
-        is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+        is_chat = isinstance(prompt, list) and all({"role", "content"} <= set(m) for m in prompt)
         if not prompt or not (isinstance(prompt, str) or is_chat):
             raise UserError(f"{what}: the prompt of row {i} must be a non-empty string or a list of chat messages "
                             f"(role, content), not {prompt!r}")
-        longest = max(longest, len(encode(tokenizer, prompt)))
+        try:
+            ids = encode(tokenizer, prompt)
+        except Exception as error:  # a template may refuse roles, or their order
+            raise UserError(f"{what}: the model's chat template refuses the prompt of row {i} ({first_line(error)})")
+        if tokenizer.unk_token_id in ids:
+            raise UserError(f"{what}: the model's tokenizer does not know all characters of the prompt of row {i}")
+        longest = max(longest, len(ids))
     for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
         room = getattr(model.config, "max_position_embeddings", None)
         if room and longest + learner.config.max_new_tokens > room:
             raise UserError(f"the longest prompt has {longest} tokens, which with --max-new-tokens "
                             f"{learner.config.max_new_tokens} exceeds the model's context of {room}; shorten either")
-    if is_chat and not tokenizer.chat_template:  # then encode() sets exchanges apart by a blank line: it ends an answer
-        blank = {i for i in range(len(tokenizer)) if "\n\n" in tokenizer.decode([i])}
-        learner.end_ids = sorted({*learner.end_ids, *blank})
+    if is_chat and not tokenizer.chat_template:  # a plain text, in which the next line would be the next problem
+        breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
+        learner.end_ids = sorted({*learner.end_ids, *breaks})
     return problems
 
 
@@ -873,9 +881,10 @@ def choose_level(learner: Learner, sample: int = 32) -> str:
         problems = load_problems(learner, "train", 1, level)
         learner.train_problems = learner.test_problems = problems  # where a failing reward() is looked up
         some = list(problems.select(range(min(sample, len(problems)))))
-        _, scores = answer(learner, some, generators(learner, -3)[0])
+        batch, scores = answer(learner, some, generators(learner, -3)[0])
         shares[level] = float(scores.mean())
-        print(f"level {level:10s} {shares[level]:4.0%} right" + (" of %d" % len(scores)))
+        print(f"level {level:10s} {shares[level]:4.0%} right of {len(scores)}, "
+              f"{batch.truncated.float().mean():.0%} cut off by --max-new-tokens")
         if len(shares) > 1 and max(list(shares.values())[-2:]) < 0.05:
             break
     best = min(shares, key=lambda level: abs(shares[level] - 0.4))
@@ -893,13 +902,18 @@ def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        if layers > config.num_hidden_layers:
-            raise UserError(f"--critic-layers {layers}: {name} has only {config.num_hidden_layers}")
         if layers:
+            if layers > config.num_hidden_layers:
+                raise UserError(f"--critic-layers {layers}: {name} has only {config.num_hidden_layers}")
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
-        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+        model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"]:  # would be random
+            raise UserError(f"{flag} {name}: no weights for {min(found['missing_keys'])}; is it a language model?")
+        return model
+    except UserError:
+        raise
     except UserError:
         raise
     except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
@@ -934,6 +948,8 @@ def make_learner(config: Config, task) -> Learner:
             raise UserError(f"the task's models() failed: {first_line(error)}")
         critic_name = critic_name or small
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model:
+        print(f"loading {name}, for {device.type}" + (": slow; there is no CUDA GPU" if device.type == "cpu" else ""))
     actor = load_pretrained(AutoModelForCausalLM, name, "--model")
     check_model(actor, name)  # still on the CPU, in float32
     actor = actor.to(device)
@@ -1025,6 +1041,10 @@ def train(config: Config, task) -> int:
     learner = make_learner(config, task)
     config = learner.config
     rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
+    if config.resume and not rows:
+        if (out / "actor").exists():
+            raise UserError(f"the run in {out} has ended and left no checkpoint (--checkpoint-every 0)")
+        print("no checkpoint yet: starts again from the first step")
     if rows and rows[-1]["step"] >= config.steps:
         print(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
         return 0
@@ -1033,7 +1053,7 @@ def train(config: Config, task) -> int:
     write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)).encode())  # steps after the checkpoint are redone
     print(f"{config.algo} on {learner.device.type}; leaves everything in {out}\n{table_of(learner)}")
 
-    with open(out / "metrics.jsonl", "a") as log, finish_the_step() as signals:
+    with open(out / "metrics.jsonl", "a") as log, finish_the_step() as stops:
 
         def note(row):
             rows.append(row)
@@ -1066,12 +1086,13 @@ def train(config: Config, task) -> int:
                 note(metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
                 bar.update()
-                if signals or (config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps):
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if step < config.steps and (due or stops):  # after the last step all is saved anyway
                     save_checkpoint(learner, rows, out / "checkpoint.pt")
-                if signals:
-                    tqdm.write(f"stopped after step {step} of {config.steps}; to go on: "
-                               f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(out))}")
-                    return 128 + signals[0]
+                    if stops:
+                        tqdm.write(f"stopped after step {step} of {config.steps}; to go on: "
+                                   f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(out))}")
+                        return 128 + stops[0]
     save(learner, out)
     plot_curves(rows, out / "curves.png")
     story = TokenStory(learner)
@@ -1090,17 +1111,17 @@ def train(config: Config, task) -> int:
 def finish_the_step():
     """Ctrl-C and SIGTERM leave their number in the list that this yields; train() looks into it after every iteration.
     A second one stops at once."""
-    signals = []
+    stops = []
 
     def note(number, frame):
-        if signals:
+        if stops:
             raise KeyboardInterrupt
-        signals.append(number)
-        tqdm.write("stopping after this step")
+        stops.append(number)
+        tqdm.write("stopping after this step (once more: at once)")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield signals
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1140,7 +1161,7 @@ def load_checkpoint(learner: Learner, path: Path) -> list[dict]:
         return []
     try:
         damaged = zipfile.ZipFile(path).testzip()  # checks all sums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         state = None
     if state is None:
@@ -1179,7 +1200,9 @@ def table_of(learner: Learner) -> str:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layers = getattr(model, "backbone", model).config.num_hidden_layers
         lines.append(f"{name:10s}{layers:8d}{count:14,d}{trainable:14,d}{memory_of(model):8.0f} MiB")
-    return "\n".join([*lines, "(float32 weights and Adam's two moments; a gradient, activations, the cache come on top)"])
+    lines.append("(float32 weights and Adam's two moments, which checkpoint.pt takes on disk, too; a gradient and")
+    lines.append("activations come on top)")
+    return "\n".join(lines)
 
 
 def as_json(row: dict) -> str:
@@ -1326,15 +1349,18 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
     lengths, P = batch.mask.sum(1), batch.prompt_width
     learner.actor.eval()  # as generate() does
     with torch.no_grad(), mixed_precision(lengths.device):
-        inputs, cache, rows = batch.tokens[:, :P], None, lengths.argsort(descending=True, stable=True)
-        for t in range(batch.mask.shape[1]):
-            cache = learner.actor(input_ids=inputs, attention_mask=batch.attention[rows, :P + t], past_key_values=cache,
-                                  use_cache=True, logits_to_keep=1).past_key_values
-            writing = int((lengths > t + 1).sum())
-            if writing < len(rows):
-                rows = rows[:writing]
-                cache.batch_select_indices(torch.arange(writing, device=rows.device))
-            inputs = batch.tokens[rows, P + t, None]
+        for rows in torch.arange(len(lengths), device=lengths.device).split(config.sample_batch):
+            rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+            inputs = batch.tokens[rows, :P]
+            cache = HalfCache(config=learner.actor.config) if torch.is_autocast_enabled(lengths.device.type) else None
+            for t in range(int(lengths[rows].max())):
+                cache = learner.actor(input_ids=inputs, attention_mask=batch.attention[rows, :P + t],
+                                      past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                writing = int((lengths[rows] > t + 1).sum())
+                if writing < len(rows):
+                    rows = rows[:writing]
+                    cache.batch_select_indices(torch.arange(writing, device=rows.device))
+                inputs = batch.tokens[rows, P + t, None]
     learner.actor.train()
     seconds = {"rollout": clock.lap(), "critic": 0.0, "actor": 0.0}
 
@@ -1411,9 +1437,10 @@ def spread(ratios: torch.Tensor) -> str:
 # --------------------------------------------------------------------------------------------------- command line
 
 
-# What a run may go on with changed: how long it is, how it is watched, how it is cut up to fit into memory.
+# What a run may go on with changed: how long it is, how it is watched, how it is cut up to fit into memory (though
+# another sample_batch draws other answers from the same policy), and where its files lie now.
 MAY_CHANGE = {"steps", "eval_every", "eval_problems", "true_values", "checkpoint_every", "micro_batch_tokens",
-              "activation_checkpointing"}
+              "sample_batch", "activation_checkpointing", "task", "model", "critic_model"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1437,7 +1464,8 @@ def parse(argv: list[str] | None) -> Config:
     if not given.resume:
         parser.set_defaults(**PRESETS[given.algo], **(REAL if given.model else {}))
         config = Config(**vars(parser.parse_args(argv)))
-        return replace(config, out=config.out or f"runs/{config.algo}-{config.seed}",
+        out = f"runs/{Path(config.model).name + '-' if config.model else ''}{config.algo}-{config.seed}"
+        return replace(config, out=config.out or out,
                        critic_warmup=min(config.critic_warmup, config.steps // 2))
     try:
         text = (Path(given.resume) / "config.json").read_text()

@@ -886,6 +886,9 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() returned 'good' for row"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return None\n", "TypeError"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "reward() failed with ZeroDivisionError"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return example.clear()\n", "for row 0 of problems('train')"),
+    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1+1=', 'x'] * 4})\n" + GOOD_REWARD,
+     "does not know all characters of the prompt of row 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, said):
     if isinstance(more, str):
@@ -899,7 +902,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, sai
 def test_bad_input_from_the_shell_without_a_hub_has_no_traceback(tiny, tmp_path):
     done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "run"], cwd=tmp_path,
                           capture_output=True, text=True, env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)})
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B: there is no such directory, and no model Qwen/Qwen3-")
     assert "download the model first, or give the directory" in done.stderr and done.stderr.count("\n") == 1
 
@@ -985,7 +988,7 @@ def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, 
     flags += f"--prompts-per-step 2 --group-size 2 --out {tmp_path}/run --lr 1e-3 --micro-batch-tokens 900".split()
     assert asyppo.main([*flags, "--activation-checkpointing"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert re.search(r"level 1 +0% right of 32\nlevel 2 +0% .*\nchosen: level 1, though no level is between 10 and 90 %", told)
+    assert re.search(r"level 1 +0% right of 32, .*\nlevel 2 +0% .*\nchosen: level 1, though no level is between 10 and 90 %", told)
     layers, quarter = model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 4)
     count = sum(p.numel() for p in model.parameters())
     assert re.search(rf"actor +{layers} +{count:,} +{count:,} +\d+ MiB\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
@@ -999,15 +1002,29 @@ def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, 
     asyppo.load_critic(tmp_path / "run/critic_1")
 
 
-def test_a_blank_line_ends_an_answer_where_chats_are_plain_text(tiny):
+def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
     learner = learner_of(tiny)
-    blank = byte_tokenizer().convert_tokens_to_ids("\u010a\u010a")
-    for template, chat, ends in [(None, True, {1, blank}), (CHATML, True, {1}), (None, False, {1})]:
+    breaks = set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
+    for template, chat, ends in [(None, True, {1, *breaks}), (CHATML, True, {1}), (None, False, {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
         learner.task = type("Task", (), {"problems": staticmethod(lambda split, seed: datasets.Dataset.from_dict(
             {"prompt": [CHAT if chat else "1+1=\n"]}))})
         asyppo.load_problems(learner, "train", 1, "")
         assert set(learner.end_ids) == ends
+    learner.end_ids = [1, *breaks]
+    batch = asyppo.Rollout(torch.tensor([[0, *byte_tokenizer()("12\n").input_ids]]), torch.ones(1, 4), torch.ones(1, 3),
+                           *torch.zeros(3, 1, 3))
+    assert asyppo.texts_of(learner, batch) == ["12"]
+
+
+def test_what_stands_before_the_line_break_in_a_token_is_not_lost(tiny):
+    learner = learner_of(tiny)
+    learner.tokenizer = type("Tokenizer", (), {"decode": staticmethod(lambda ids: "".join(
+        {5: "x", 6: "}\n\n", 7: "<end>"}[i] for i in (ids if isinstance(ids, list) else [ids])))})
+    learner.end_ids = [6, 7]
+    for tokens, text in [([5, 6], "x}"), ([5, 7], "x"), ([5, 5], "xx"), ([7, 7], "<end>")]:
+        batch = asyppo.Rollout(torch.tensor([[0, *tokens]]), torch.ones(1, 3), torch.ones(1, 2), *torch.zeros(3, 1, 2))
+        assert asyppo.texts_of(learner, batch) == [text]
 
 
 def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
@@ -1022,7 +1039,7 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
             asked.append(examples[0]["level"])
             right = torch.zeros(len(examples))
             right[:round(shares[examples[0]["level"]] * len(examples))] = 1
-            return None, right
+            return sampled(random_model()), right
 
         monkeypatch.setattr(asyppo, "answer", answer)
         assert asyppo.choose_level(learner) == best
@@ -1039,6 +1056,15 @@ def test_critics_must_read_the_actors_tokens(tiny, tmp_path, capsys):
     assert asyppo.main(arguments(tiny, tmp_path / "run", "--critic-model", str(tmp_path / "critic"))) == 2
     told = capsys.readouterr().err
     assert "its tokenizer is another one; '" in told and told.count("\n") == 1
+
+
+def test_a_checkpoint_without_its_head_is_refused(tiny, tmp_path, capsys):
+    learner = learner_of(tiny)
+    learner.actor.config.tie_word_embeddings = False
+    learner.actor.model.save_pretrained(tmp_path / "actor")
+    learner.tokenizer.save_pretrained(tmp_path / "actor")
+    assert asyppo.main(arguments(tiny, tmp_path / "run", "--model", str(tmp_path / "actor"))) == 2
+    assert "no weights for lm_head.weight; is it a language model?" in capsys.readouterr().err
 
 
 def test_a_model_directory_without_weights_and_a_bare_name(tiny, tmp_path, capsys):
@@ -1073,6 +1099,24 @@ def test_sampling_in_parts_is_the_same_policy():
     assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
     assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
     assert batch.truncated.any() and not batch.truncated.all() and batch.mask.sum(1).max() == batch.mask.shape[1]
+
+
+def test_the_cache_is_bf16_where_bodies_are(monkeypatch):
+    model, seen = random_model(), []
+    real = model.base_model.forward
+
+    def forward(**inputs):
+        output = real(**inputs)
+        seen.append({x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values)})
+        return output
+
+    model.base_model.forward = forward
+    sampled(model)
+    assert len(seen) > 3 and all(dtypes == {torch.float32} for dtypes in seen)
+    seen.clear()
+    monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    sampled(model)
+    assert len(seen) > 3 and all(dtypes == {torch.bfloat16} for dtypes in seen)
 
 
 def test_heads_are_float32_where_bodies_are_bf16(monkeypatch):
@@ -1174,6 +1218,19 @@ def test_a_second_signal_stops_at_once(tiny, tmp_path, monkeypatch, capsys):
         [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)], real(*a, **k))[1])
     assert asyppo.main(arguments(tiny, tmp_path / "run", *LONGER)) == 130
     assert "goes on with --resume" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_step_and_a_run_without_checkpoints(tiny, unstopped, tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "run", asyppo.train_step
+    monkeypatch.setattr(asyppo, "train_step", lambda learner, step, **rest: (
+        step == 8 and os.kill(os.getpid(), signal.SIGINT), real(learner, step, **rest))[1])
+    assert asyppo.main(arguments(tiny, out, *LONGER)) == 0, "it has ended anyway"
+    assert same_result(out, unstopped)
+    monkeypatch.setattr(asyppo, "train_step", real)
+    (out / "checkpoint.pt").unlink()
+    assert asyppo.main(["--resume", str(out)]) == 2
+    assert "has ended and left no checkpoint" in capsys.readouterr().err
+    assert same_result(out, unstopped), "nothing was lost"
 
 
 def test_steps_may_be_raised_but_nothing_that_is_learnt(tiny, unstopped, tmp_path, capsys):

@@ -12,8 +12,9 @@ usually wrong, and there is more to learn than sharpening: take small steps, or 
 (Planted slips in single steps did not do: models this small never learn to notice them.) A mistake never cancels by
 luck: `*` is only followed by 3, 7 or 9, which can be undone modulo 10.
 
-This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all it needs; `models` is
-an extra that spares the toy a `--model`. `python toy_task.py` shows problems, demonstrations and the pretrained models.
+This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all it needs; `models` and
+`LEVELS` are extras: models of its own, and degrees of difficulty for others. `python toy_task.py` shows problems,
+demonstrations and the pretrained models.
 """
 import hashlib
 import inspect
