@@ -133,12 +133,12 @@ class Config:
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "with every evaluation but the first, estimate the true value of this many states")
     # Fitting into memory. The first and the last leave the gradient the same.
-    micro_batch_tokens: int = option(4096, "tokens per forward pass in training (2048 with --model)")
+    micro_batch_tokens: int = option(4096, "tokens per forward pass in training (1024 with --model)")
     sample_batch: int = option(256, "answers sampled at once (128 with --model)")
     activation_checkpointing: bool = option(False, "make activations once more in the backward pass, a layer at a "
                                                    "time, rather than keep them all: less memory, a third more time")
-    checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only when "
-                                       "stopped by Ctrl-C or SIGTERM)")
+    checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only at the "
+                                       "end, and when stopped by Ctrl-C or SIGTERM)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
     profile: bool = option(False, "no training: time steps of asyppo, grpo and ppo as preset, and their floor")
 
@@ -156,7 +156,7 @@ PRESETS = {
 
 # With --model, other defaults: what suits pretrained models of some hundred million to a billion parameters, and one
 # GPU of 24 GB.
-REAL = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=2048, sample_batch=128)
+REAL = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=1024, sample_batch=128)
 
 
 class UserError(Exception):
@@ -222,7 +222,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
     with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
         parts = torch.arange(B, device=device).split(at_once)
-        for alive in tqdm(parts, desc="sampling", leave=False, delay=2):  # rows being written; finished ones leave
+        for alive in tqdm(parts, "sampling", leave=False, delay=2):  # rows being written; finished ones leave
             # The first pass reads the prompts [B, P]; every later one a new token per row [alive, 1] and the cache.
             inputs, place = tokens[alive, :P], positions(attention[alive, :P])
             cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
@@ -230,9 +230,9 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                 output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
                                           past_key_values=cache, use_cache=True)
                 logits = logits_of(model, output.last_hidden_state[:, -1], temperature)
-                if logits.isnan().any():
-                    raise Diverged("the actor's logits are not numbers: lower --lr")
                 logp = logits.log_softmax(-1)  # [alive, V]
+                if logp.isnan().any():
+                    raise Diverged("the actor's logits are not numbers: lower --lr")
                 token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
                 tokens[alive, P + t] = token
                 attention[alive, P + t] = 1
@@ -1008,10 +1008,17 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """All token ids that end an answer, wherever a model may keep them (Qwen3 has two, in its generation_config)."""
+    """All token ids that end an answer, wherever they may be told: the tokenizer's end token, those of the model's
+    configurations (Qwen3 has two), what the chat template ends a turn with (which a base model's may not tell)."""
     found = {tokenizer.eos_token_id}
-    for ids in (model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+    for place in (model.config, model.generation_config):
+        ids = getattr(place, "eos_token_id", None)
         found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
+    if tokenizer.chat_template:
+        with contextlib.suppress(Exception):  # a template that refuses this will be met again, with a prompt
+            turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+            rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+            found |= set(tokenizer(rest, add_special_tokens=False).input_ids[:1]) & set(tokenizer.added_tokens_decoder)
     return sorted(found - {None})
 
 
@@ -1020,12 +1027,14 @@ def check_model(model, name: str) -> None:
     """We hand a model positions, drop rows from its cache and apply its output head ourselves. Refuse one that does
     not bear that, or makes its logits in another way."""
     try:
-        prompts = [[i % model.config.vocab_size for i in range(n)] for n in (8, 3)]  # not just token 0: often padding
-        batch = generate(model, prompts, 3, 1.0, [-1], 0, torch.Generator().manual_seed(0))
+        prompts = [[i % model.config.vocab_size for i in range(n)] for n in (8, 7, 6, 5, 4, 3)]
+        first = generate(model, prompts, 3, 1.0, [-1], 0, torch.Generator().manual_seed(0))
+        ends = [int(first.tokens[1, 8])]  # what the second answer began with: now it leaves early, others stay
+        batch = generate(model, prompts, 3, 1.0, ends, 0, torch.Generator().manual_seed(0))
         ours, _ = logprobs_and_entropy(model, batch, 1.0)
         tokens = batch.tokens[:1]
         logp = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)[0, 7:-1]
-        theirs = logp.gather(1, tokens[0, 8:, None])[:, 0]
+        theirs = logp.gather(1, tokens[0, 8:, None])[:, 0] * batch.mask[0]
     except Exception as error:
         raise UserError(f"--model {name}: models of this kind are not supported ({first_line(error)})")
     if not torch.allclose(ours[0], theirs, atol=1e-3) or not torch.allclose(ours, batch.logprobs, atol=1e-3):
@@ -1043,7 +1052,7 @@ def train(config: Config, task) -> int:
     rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
     if config.resume and not rows:
         if (out / "actor").exists():
-            raise UserError(f"the run in {out} has ended and left no checkpoint (--checkpoint-every 0)")
+            raise UserError(f"the run in {out} has ended, but its checkpoint.pt is gone")
         print("no checkpoint yet: starts again from the first step")
     if rows and rows[-1]["step"] >= config.steps:
         print(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
@@ -1070,6 +1079,8 @@ def train(config: Config, task) -> int:
                 evaluating = step % config.eval_every == 0 or step == config.steps
                 try:
                     metrics = train_step(learner, step, look_into_values=evaluating and config.true_values > 0)
+                    if evaluating:
+                        metrics["eval_accuracy"] = accuracy = evaluate(learner)
                 except Diverged as error:
                     write_whole(out / "diverged.json", json.dumps(diagnosis(learner, step, error), indent=1).encode())
                     raise UserError(f"step {step}: training has diverged, {error} in a new run; what the batch looked "
@@ -1081,7 +1092,6 @@ def train(config: Config, task) -> int:
                     raise UserError(f"step {step}: the model scores its own samples differently from how it sampled "
                                     f"them ({key} is {metrics[key]:.2g}): its cache or positions are at fault")
                 if evaluating:
-                    metrics["eval_accuracy"] = accuracy = evaluate(learner)
                     tqdm.write(summary(metrics))
                 note(metrics)
                 bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{accuracy:.2f}")
@@ -1097,8 +1107,7 @@ def train(config: Config, task) -> int:
     plot_curves(rows, out / "curves.png")
     story = TokenStory(learner)
     story.plot(out / "tokens.png")
-    if config.checkpoint_every:  # after all else: a run that is stopped while it leaves its results goes on before them
-        save_checkpoint(learner, rows, out / "checkpoint.pt")
+    save_checkpoint(learner, rows, out / "checkpoint.pt")  # last: if anything before was cut short, --resume redoes it
     story.print()
     print(f"held-out accuracy {rows[0]['eval_accuracy']:.3f} -> {accuracy:.3f}; see {out}/curves.png and tokens.png")
     return 0
@@ -1512,8 +1521,10 @@ def check(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # lets the heads, in float32, multiply in TF32: 11 binary digits
+    # On a GPU, let the heads, in float32, multiply in TF32: 11 binary digits. And do without cuDNN's attention: on
+    # recent GPUs it has been reported to give NaN gradients under a mask (pytorch issue 196678).
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         config = parse(argv)
         check(config)

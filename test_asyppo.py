@@ -654,6 +654,16 @@ def test_dropout_is_off_weights_are_float32_and_mini_critics_can_be_cut_from_the
     assert asyppo.train_step(learner, 1)["first_ratio_error"] < 1e-4
 
 
+def test_a_chat_templates_end_of_turn_is_an_end_id():
+    tokenizer = byte_tokenizer(template=CHATML)  # a base model's: its end token is </s>, its template's <|im_end|>
+    model = random_model()
+    assert set(asyppo.end_ids(model, tokenizer)) == {1, *tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}!{% endfor %}"  # "!" is no special token
+    assert set(asyppo.end_ids(model, tokenizer)) == {1, tokenizer.convert_tokens_to_ids("</s>")}
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert set(asyppo.end_ids(model, tokenizer)) == {1, tokenizer.convert_tokens_to_ids("</s>")}
+
+
 def test_every_end_id_a_model_knows_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
     model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
@@ -741,6 +751,11 @@ def test_a_model_that_is_used_in_another_way_is_refused():
         attention_mask=attention_mask if inputs.get("past_key_values") is None else torch.ones_like(attention_mask), **inputs)
     with pytest.raises(asyppo.UserError, match="its cache or positions"):
         asyppo.check_model(model, "forgetful")
+    lfm2 = transformers.Lfm2Config(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                   num_key_value_heads=1, layer_types=["conv", "full_attention"])
+    torch.manual_seed(0)
+    with pytest.raises(asyppo.UserError, match="not supported"):  # a state that rows cannot leave
+        asyppo.check_model(AutoModelForCausalLM.from_config(lfm2).eval(), "lfm2")
     torch.manual_seed(0)
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1))
     with pytest.raises(asyppo.UserError, match="not supported"):
@@ -1140,8 +1155,8 @@ def test_out_of_memory_names_the_flag_to_lower(tiny, tmp_path, monkeypatch, caps
     def no_room(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    for function, said in (("update_actor", "while training; lower --micro-batch-tokens (now 2048)"),
-                           ("critic_values", "while training; lower --micro-batch-tokens (now 2048)"),
+    for function, said in (("update_actor", "while training; lower --micro-batch-tokens (now 1024)"),
+                           ("critic_values", "while training; lower --micro-batch-tokens (now 1024)"),
                            ("generate", "while sampling; lower --sample-batch (now 128)")):
         with monkeypatch.context() as patch:
             patch.setattr(asyppo, "check_model", lambda *a: None)
@@ -1229,7 +1244,7 @@ def test_a_signal_in_the_last_step_and_a_run_without_checkpoints(tiny, unstopped
     monkeypatch.setattr(asyppo, "train_step", real)
     (out / "checkpoint.pt").unlink()
     assert asyppo.main(["--resume", str(out)]) == 2
-    assert "has ended and left no checkpoint" in capsys.readouterr().err
+    assert "has ended, but its checkpoint.pt is gone" in capsys.readouterr().err
     assert same_result(out, unstopped), "nothing was lost"
 
 
@@ -1474,12 +1489,15 @@ def test_readme_commands_as_typed_but_short(command, tiny, small_llm, tmp_path, 
 
 
 @pytest.mark.parametrize("code", [text for kind, text in FENCES if kind == "python"])
-def test_readme_python_runs(code, tiny, tmp_path, monkeypatch):
+def test_readme_python_runs(code, tiny, small_llm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
     (tmp_path / "runs").mkdir()
     if "runs/asyppo-0" in code:
         assert asyppo.main(arguments(tiny, "runs/asyppo-0")) == 0
+    if "runs/smollm2" in code:
+        assert asyppo.main(f"--model {small_llm} --level 1 --steps 1 --prompts-per-step 2 --group-size 2 --eval-problems 2 "
+                           "--max-new-tokens 4 --out runs/smollm2".split()) == 0
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
