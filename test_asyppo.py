@@ -700,6 +700,7 @@ def test_gradients_are_clipped_and_never_stepped_when_not_finite():
     model.weight.grad = torch.tensor([[30.0, 40.0]])
     asyppo.clip_and_step(model, optimizer, [torch.tensor(1.0)], "--lr")
     assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+    assert model.weight.grad is None, "the next step would add to it"
     before = model.weight.detach().clone()
     for gradient, loss in ((float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))):
         model.weight.grad = torch.tensor([[gradient, 0.0]])
