@@ -1208,7 +1208,7 @@ def table_of(learner: Learner) -> str:
         count = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         layers = getattr(model, "backbone", model).config.num_hidden_layers
-        lines.append(f"{name:10s}{layers:8d}{count:14,d}{trainable:14,d}{memory_of(model):8.0f} MiB")
+        lines.append(f"{name:10s}{layers:8d}{count:14,d}{trainable:14,d}{memory_of(model):8.1f} MiB")
     lines.append("(float32 weights and Adam's two moments, which checkpoint.pt takes on disk, too; a gradient and")
     lines.append("activations come on top)")
     return "\n".join(lines)

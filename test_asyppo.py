@@ -1007,7 +1007,7 @@ def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, 
     assert re.search(r"level 1 +0% right of 32, .*\nlevel 2 +0% .*\nchosen: level 1, though no level is between 10 and 90 %", told)
     layers, quarter = model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 4)
     count = sum(p.numel() for p in model.parameters())
-    assert re.search(rf"actor +{layers} +{count:,} +{count:,} +\d+ MiB\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
+    assert re.search(rf"actor +{layers} +{count:,} +{count:,} +[\d.]+ MiB\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
     rows = rows_of(tmp_path / "run")
     assert all(row["first_ratio_error"] < 1e-4 for row in rows[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
