@@ -132,14 +132,14 @@ class Config:
     eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     true_values: int = option(0, "with every evaluation but the first, estimate the true value of this many states")
-    # Fitting into memory. The first and the last leave the gradient the same.
+    checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only at the "
+                                       "end, and when stopped by Ctrl-C or SIGTERM)")
+    resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
+    # Fitting into memory. micro_batch_tokens and activation_checkpointing leave the gradient the same.
     micro_batch_tokens: int = option(4096, "tokens per forward pass in training (1024 with --model)")
     sample_batch: int = option(256, "answers sampled at once (128 with --model)")
     activation_checkpointing: bool = option(False, "make activations once more in the backward pass, a layer at a "
                                                    "time, rather than keep them all: less memory, a third more time")
-    checkpoint_every: int = option(10, "iterations between checkpoints, from which --resume goes on (0: only at the "
-                                       "end, and when stopped by Ctrl-C or SIGTERM)")
-    resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
     profile: bool = option(False, "no training: time steps of asyppo, grpo and ppo as preset, and their floor")
 
 
@@ -154,8 +154,9 @@ PRESETS = {
 }
 
 
-# With --model, other defaults: what suits pretrained models of some hundred million to a billion parameters, and one
-# GPU of 24 GB.
+# With --model, other defaults, for pretrained models of some hundred million to a billion parameters. The learning
+# rates lie between the toy's and the paper's 1e-6 and are not tuned: pretrained weights bear less than the toy's, and
+# the critics' new heads need more than the actor. The batches are, by reckoning, small enough for Qwen3-0.6B on 24 GB.
 REAL = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=1024, sample_batch=128)
 
 
@@ -225,7 +226,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
         for alive in tqdm(parts, "sampling", leave=False, delay=2):  # rows being written; finished ones leave
             # The first pass reads the prompts [B, P]; every later one a new token per row [alive, 1] and the cache.
             inputs, place = tokens[alive, :P], positions(attention[alive, :P])
-            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
+            cache = empty_cache(model)
             for t in range(T):
                 output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
                                           past_key_values=cache, use_cache=True)
@@ -258,6 +259,11 @@ class HalfCache(DynamicCache):
 
     def update(self, keys, values, *rest, **more):
         return super().update(keys.bfloat16(), values.bfloat16(), *rest, **more)
+
+
+def empty_cache(model):
+    """To begin sampling with: a HalfCache in mixed precision; else None, and the model makes its own."""
+    return HalfCache(config=model.config) if torch.is_autocast_enabled(model.device.type) else None
 
 
 def mixed_precision(device: torch.device):
@@ -732,8 +738,8 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
 
 def evaluate(learner: Learner) -> float:
     """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
-    training temperature: the policy as it is. Always the same seed, so that an unchanged
-    policy gets the same number twice."""
+    training temperature: the policy as it is. Always the same seed, so that an unchanged policy gets the same number
+    twice."""
     problems, config = learner.test_problems, learner.config
     examples = list(problems.select(range(min(config.eval_problems, len(problems)))))
     return float(answer(learner, examples, generators(learner, -1)[0])[1].mean())
@@ -912,8 +918,6 @@ def load_pretrained(auto_class, name: str, flag: str, layers: int = 0):
         if found["missing_keys"]:  # would be random
             raise UserError(f"{flag} {name}: no weights for {min(found['missing_keys'])}; is it a language model?")
         return model
-    except UserError:
-        raise
     except UserError:
         raise
     except Exception as error:  # what a hub, a cache or a half-copied directory can raise is without end
@@ -1361,7 +1365,7 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
         for rows in torch.arange(len(lengths), device=lengths.device).split(config.sample_batch):
             rows = rows[lengths[rows].argsort(descending=True, stable=True)]
             inputs = batch.tokens[rows, :P]
-            cache = HalfCache(config=learner.actor.config) if torch.is_autocast_enabled(lengths.device.type) else None
+            cache = empty_cache(learner.actor)
             for t in range(int(lengths[rows].max())):
                 cache = learner.actor(input_ids=inputs, attention_mask=batch.attention[rows, :P + t],
                                       past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
