@@ -114,6 +114,7 @@ class Config:
                               choices=["mini", "actor"])
     critic_layers: int = option(0, "keep only the first layers of the mini-critics' base (0: all of --critic-model or "
                                    "the task's own; a quarter when the base is the actor's checkpoint)")
+    critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
     shared_data: bool = option(False, "train every critic on all answers: they will hardly differ")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
     critic_lr: float = option(3e-3, "critics' learning rate (Adam); 5e-5 with --model")
@@ -122,12 +123,13 @@ class Config:
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
     critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so "
                                    "that the actor does not follow noise")
-    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual.
+    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is a
+    # control: only what a mask gains over a random one of the same share does it owe to sigma.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
-    mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy"])
+    mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy", "random"])
     entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)")
     filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus")
-    filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy"])
+    filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy", "random"])
     # Looking at it, and never losing it.
     eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
@@ -673,9 +675,6 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
     explained = explained_variance(v_bar, outcome, mask) if critics else None
     learner.view.update(values=values, v_bar=v_bar)
-    seconds_critic = clock.lap()
-    looked = true_values(learner, batch, v_bar, examples, config.true_values) if look_into_values else {}
-    clock.lap()  # this one is not counted
 
     # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic
     #     has just been fitted to how it ended and the others have never seen it: part of what sigma measures is just
@@ -701,12 +700,17 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
         sigma = torch.zeros_like(mask)
 
     # (Lines 8, 9) Two masks from it: learn where the critics do not agree yet, explore where they are not far apart.
-    signals = {"sigma": sigma, "entropy": batch.entropy}
+    noise = torch.rand(mask.shape, generator=generator, device=mask.device)
+    signals = {"sigma": sigma, "entropy": batch.entropy, "random": noise}
     adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
+    seconds_critic = clock.lap()
+    # Two values of the same state: as predicted, and as used for the advantages.
+    looked = true_values(learner, batch, {"critic": learner.view["v_bar"], "fitted": v_bar} if critics else {}, examples,
+                         config.true_values) if look_into_values else {}
+    clock.lap()  # this one is not counted
     learner.view.update(values=values, v_bar=v_bar, sigma=sigma, advantages=advantages, adv_keep=adv_keep,
                         ent_keep=ent_keep)
-    seconds_critic += clock.lap()
 
     # (Lines 10 to 12) The actor: utd steps of clipped policy gradient on the same batch.
     warming_up = bool(critics) and step <= config.critic_warmup
@@ -745,20 +749,21 @@ def evaluate(learner: Learner) -> float:
     return float(answer(learner, examples, generators(learner, -1)[0])[1].mean())
 
 
-def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples: list[dict], count: int,
-                continuations: int = 64) -> dict:
+def true_values(learner: Learner, batch: Rollout, guesses: dict[str, torch.Tensor], examples: list[dict], count: int,
+                continuations: int = 32) -> dict:
     """How far could values be predicted at all, and how far did the critics get? Slow: for looking only.
 
     The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For
-    `count` states drawn from the batch, `continuations` endings each give it nearly exactly. The variance of the return
-    is then E[Var(R | s)], which nobody can predict, plus Var(V). Returned, corrected for the finite number of endings:
-    true_explained = Var(V) / Var(R), what a perfect critic would explain;
-    critic_explained = what V_bar explains on the same states, and value_error, its root mean square error against V.
+    `count` states drawn from the batch, `continuations` endings each give nearly that. The variance of the return is
+    then E[Var(R | s)], which nobody can predict, plus Var(V). Returned, corrected for the finite number of endings:
+    true_explained = Var(V) / Var(R), what a perfect critic would explain; and for each of `guesses`, values [B, T],
+    NAME_explained, what they explain on the same states, and NAME_error, their root mean square error against V.
     """
     generator, cpu_generator = generators(learner, -2)
     states = batch.mask.nonzero()  # [N, 2]: row, t
     states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
-    P, truth, within, guess = batch.prompt_width, [], [], []
+    states = states[states[:, 1].argsort(stable=True)]
+    P, truth, within = batch.prompt_width, [], []
     # States at the same place have the same room left to end in, so they are continued together.
     for t in tqdm(states[:, 1].unique().tolist(), desc="true values", leave=False, delay=2):
         rows = states[states[:, 1] == t, 0].repeat_interleave(continuations)
@@ -767,13 +772,15 @@ def true_values(learner: Learner, batch: Rollout, v_bar: torch.Tensor, examples:
         scores = scores.cpu().view(-1, continuations)
         truth.append(scores.mean(1))
         within.append(scores.var(1))
-        guess.append(v_bar[rows[::continuations], t].cpu())
-    truth, within, error = torch.cat(truth), torch.cat(within).mean(), torch.cat(guess) - torch.cat(truth)
+    truth, within = torch.cat(truth), torch.cat(within).mean()
     luck = within / continuations  # what the finite number of endings adds to every variance and square below
     total = truth.var() - luck + within
-    return {"true_explained": float((truth.var() - luck) / total),
-            "critic_explained": float(1 - (error.var() - luck + within) / total),
-            "value_error": float((error.square().mean() - luck).clamp(min=0).sqrt())}
+    found = {"true_explained": float((truth.var() - luck) / total)}
+    for name, values in guesses.items():
+        error = values[states[:, 0], states[:, 1]].cpu() - truth
+        found[f"{name}_explained"] = float(1 - (error.var() - luck + within) / total)
+        found[f"{name}_error"] = float((error.square().mean() - luck).clamp(min=0).sqrt())
+    return found
 
 
 # ######################################################################################################################
@@ -965,8 +972,14 @@ def make_learner(config: Config, task) -> Learner:
     else:
         critic_name, layers = name, config.critic_layers or max(1, actor.config.num_hidden_layers // 4)
     generator = torch.Generator().manual_seed(config.seed)
-    critics = [MiniCritic(load_pretrained(AutoModel, critic_name, "--critic-model", layers), generator).to(device)
-               for _ in range(config.critics)]
+    backbones = [load_pretrained(AutoModel, critic_name, "--critic-model", layers) for _ in range(config.critics)]
+    if config.critic_scratch and backbones:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            untaught = AutoModel.from_config(backbones[0].config).state_dict()
+        for backbone in backbones:  # the same random weights for all, as the pretrained ones are the same
+            backbone.load_state_dict(untaught)
+    critics = [MiniCritic(backbone, generator).to(device) for backbone in backbones]
     if critics and critic_name != name:
         vocabulary, theirs = tokenizer.get_vocab(), load_tokenizer(critic_name, "--critic-model").get_vocab()
         different = next((token for token, i in vocabulary.items() if theirs.get(token) != i), None)
@@ -1232,7 +1245,8 @@ def summary(metrics: dict) -> str:
 
 
 def save(learner: Learner, out: Path) -> None:
-    """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic. Safetensors only."""
+    """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic; last_batch.safetensors are
+    the tensors of the last iteration, as the Rollout and train_step name them. Safetensors only."""
     from safetensors.torch import save_file
     try:
         learner.actor.save_pretrained(out / "actor")
@@ -1241,6 +1255,11 @@ def save(learner: Learner, out: Path) -> None:
             critic.backbone.save_pretrained(out / f"critic_{m}")
             save_file({k: v.detach().cpu() for k, v in critic.head.state_dict().items()},
                       out / f"critic_{m}" / "value_head.safetensors")
+        view = dict(learner.view)
+        batch = view.pop("batch")
+        save_file({k: v.cpu().contiguous() for k, v in view.items()} | {
+            "answers": batch.tokens[:, batch.prompt_width:].cpu().contiguous(), "mask": batch.mask.cpu().contiguous(),
+            "entropy": batch.entropy.cpu().contiguous()}, out / "last_batch.safetensors")
     except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own
         raise OSError(f"the trained models could not be saved to {out} ({first_line(error)})")
 
@@ -1402,9 +1421,24 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
     return seconds
 
 
+def peak_memory(device: torch.device, run) -> float:
+    """MiB of tensors that run() comes to hold at once, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # allocated, or (< 0) freed
+    held = torch.tensor([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).cumsum(0)
+    return float(held.max()) / 2**20
+
+
 def profile(config: Config, task, repeats: int = 5) -> None:
     """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are 0, so
-    the actors stay equal), and each one's floor right after it. Medians over the repeats; ratios within a repeat."""
+    the actors stay equal), and each one's floor right after it. Medians over the repeats; ratios within a repeat. In
+    the step before the first, peak memory is measured."""
     phases, learners = ("rollout", "critic", "actor"), {}
     for algo in ("asyppo", "grpo", "ppo"):
         changed = replace(config, **{**{key: getattr(Config, key) for preset in PRESETS.values() for key in preset},
@@ -1413,20 +1447,18 @@ def profile(config: Config, task, repeats: int = 5) -> None:
         config = replace(config, level=learner.config.level)  # chosen once
         first = learners["asyppo"]
         learner.actor, learner.actor_optimizer = first.actor, first.actor_optimizer
-    cuda, times = first.device.type == "cuda", {algo: [] for algo in learners}
+    times, peaks = {algo: [] for algo in learners}, {}
     for repeat in range(repeats + 1):
         for algo, learner in learners.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+            if repeat == 0:  # warms up, and its memory is watched, which takes time of its own
+                # The others' critics are there, too: count what this step comes to need, and what its own models keep.
+                peaks[algo] = peak_memory(learner.device, lambda: train_step(learner, step=1))
+                peaks[algo] += memory_of(learner.actor, *learner.critics)
+                continue
             metrics = train_step(learner, step=repeat + 1)
-            # The others' critics are there, too: count what this step came to need, and what its own models keep.
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else math.nan
-            peak += memory_of(learner.actor, *learner.critics)
             spent, floor = [metrics[f"seconds_{p}"] for p in phases], floor_seconds(learner, learner.view["batch"])
-            if repeat:  # the first one warms up
-                times[algo].append([*spent, sum(spent), *(floor[p] for p in phases), sum(floor.values()), peak / 1024,
-                                    metrics["generated_tokens_per_second"]])
+            times[algo].append([*spent, sum(spent), *(floor[p] for p in phases), sum(floor.values()),
+                                metrics["generated_tokens_per_second"]])
     print(f"{'seconds':8s}" + "".join(f"{p:>9s}" for p in (*phases, "step")) + "   floor:"
           + "".join(f"{p:>9s}" for p in (*phases, "step")) + "   step/floor")
     times = {algo: torch.tensor(laps) for algo, laps in times.items()}
@@ -1436,11 +1468,9 @@ def profile(config: Config, task, repeats: int = 5) -> None:
               + "".join(f"{x:9.3f}" for x in middle[4:8]) + f"   {spread(laps[:, 3] / laps[:, 7])}")
     for other in ("grpo", "ppo"):
         print(f"step of asyppo / step of {other}: " + spread(times["asyppo"][:, 3] / times[other][:, 3]))
-        if cuda:
-            print(f"peak memory of asyppo / of {other}: " + spread(times["asyppo"][:, 8] / times[other][:, 8]))
-    if cuda:
-        print("peak memory (GiB): " + ", ".join(f"{algo} {laps[:, 8].max():.1f}" for algo, laps in times.items()))
-    print(f"generated tokens per second: {torch.cat([laps[:, 9] for laps in times.values()]).median():.0f}")
+        print(f"peak memory of asyppo / of {other}: {peaks['asyppo'] / peaks[other]:.2f}")
+    print("peak memory (MiB): " + ", ".join(f"{algo} {peak:,.0f}" for algo, peak in peaks.items()))
+    print(f"generated tokens per second: {torch.cat([laps[:, 8] for laps in times.values()]).median():.0f}")
 
 
 def spread(ratios: torch.Tensor) -> str:

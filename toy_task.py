@@ -16,19 +16,28 @@ This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and
 `LEVELS` are extras: models of its own, and degrees of difficulty for others. `python toy_task.py` shows problems,
 demonstrations and the pretrained models.
 """
+import argparse
 import hashlib
 import inspect
 import json
+import math
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from tokenizers import pre_tokenizers
@@ -38,6 +47,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 # ------------------------------------------------------------------------------------------------- problems, reward
 
 SIZES = {"train": 4096, "test": 512}
+SYMBOLS = {"symbols": {}, "long": dict(min_operations=5, max_operations=8)}  # {}: 3 to 6, like the demonstrations
 
 
 def calculate(expression: str) -> int:
@@ -71,15 +81,15 @@ def expressions_of(split: str, count: int, rng: random.Random, **lengths) -> lis
 
 
 def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
-    """`split` is "train" or "test", `level` "symbols" (the toy above) or one of LEVELS, in words. Columns: prompt
+    """`split` is "train" or "test", `level` one of SYMBOLS (the toy above) or of LEVELS, in words. Columns: prompt
     ("5-8+9*3=", or chat messages), answer ("8") and level."""
     rng = random.Random(f"{split}-{seed}" if level == "symbols" else f"{split}-{seed}-{level}")
-    if level == "symbols":
-        rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng)]
+    if level in SYMBOLS:
+        rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng, **SYMBOLS[level])]
     elif level in LEVELS:
         rows = word_problems(split, SIZES[split], rng, level)
     else:
-        raise ValueError(f"there is no level {level!r}; there are symbols, " + ", ".join(LEVELS))
+        raise ValueError(f"there is no level {level!r}; there are " + ", ".join([*SYMBOLS, *LEVELS]))
     return Dataset.from_dict({"prompt": [prompt for prompt, _ in rows], "answer": [str(answer) for _, answer in rows],
                               "level": [level] * len(rows)})
 
@@ -87,7 +97,7 @@ def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
 def reward(response: str, example: dict) -> float:
     """1.0 for the right answer, else 0.0. In symbols the response must end in "#" and a digit (its only "#": no second
     guess). In words the last "Answer: <integer>" or "\\boxed{<integer>}" counts, and nothing else."""
-    if example["level"] == "symbols":
+    if example["level"] in SYMBOLS:
         final = re.fullmatch(r"[^#]*#(\d)", response)
         return float(final is not None and final[1] == example["answer"])
     # Digits with a comma or a decimal part are another number: "Answer: 1,000" is not Answer: 1.
@@ -240,8 +250,418 @@ def models() -> tuple[str, str]:
     return str(folder / "actor"), str(folder / "critic")
 
 
+# ######################################################################################################################
+# The experiment: `python toy_task.py` trains some 190 times and answers the paper's claims, one by one. What is run,
+# what is compared and what counts is all data, fixed before the runs. Nothing here is needed by asyppo.py.
+# ######################################################################################################################
+
+SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
+
+# 128 answers in each of 20 iterations, critic warm-up included, for every algorithm. The critics' flags were chosen on
+# seed 100 by how much of the return's variance they foretell; a full-size critic bears a tenth of the learning rate.
+ANSWERS = 128
+TRAIN = "--steps 20 --prompts-per-step 16 --eval-every 4 --critic-warmup 2 --critic-batch 8"
+LEAN = " --micro-batch-tokens 1024 --checkpoint-every 0"  # no other results, only faster
+FLAGS = {"asyppo": "", "naive": "", "ppo": " --critic-lr 3e-4", "grpo": ""}
+
+# Every algorithm was tuned with four settings, two seeds each, 24 iterations, UTD 4. Chosen: the best final accuracy.
+GRID = {"grpo": [f" --lr {lr}" for lr in ("1e-5", "3e-5", "6e-5", "1e-4")]}
+GRID |= {algo: [f" --lr {lr} --lam {lam}" for lr in ("3e-5", "1e-4") for lam in ("0.95", "1")]
+         for algo in ("asyppo", "naive", "ppo")}
+TUNED = " --lr 1e-4 --lam 1"  # for all four: each one's best
+
+
+def of(algo: str, flags: str) -> str:
+    return f"--algo {algo} {TRAIN}{FLAGS[algo]}{TUNED}{LEAN} {flags}"
+
+
+# name: flags of asyppo.py, to which seed and directory are added
+RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for utd in (8, 4, 1) for algo in ("asyppo", "grpo", "ppo", "naive")}
+RUNS["asyppo-utd4"] += " --true-values 60"
+RUNS |= {name: of("asyppo", flags) for name, flags in {
+    "shared": "--shared-data", "four": "--critics 4", "min": "--aggregate min", "scratch": "--critic-scratch",
+    "no-mask-utd1": "--utd 1 --mask-k 0", "no-mask-utd4": "--mask-k 0", "no-mask-utd8": "--utd 8 --mask-k 0",
+    "mask-entropy": "--mask-by entropy", "mask-random": "--mask-by random",
+    # The bonus three times as strong as by default, so that there is something to see.
+    "no-bonus": "--entropy-coef 0", "bonus": "--entropy-coef 0.03", "bonus-plain": "--entropy-coef 0.03 --filter-h 0",
+    "bonus-random": "--entropy-coef 0.03 --filter-by random", "bonus-h80": "--entropy-coef 0.03 --filter-h 0.8",
+}.items()}
+# Where could critics matter more? The same number of answers in small and large groups; and a harder start.
+RUNS |= {f"{algo}-{name}": of(algo, flags) for algo in ("asyppo", "grpo") for name, flags in {
+    "G2": "--prompts-per-step 64 --group-size 2", "G32": "--prompts-per-step 4 --group-size 32",
+    "long": "--level long"}.items()}
+# Critics alone: the actor stays what it was (its learning rate is all but 0), so that every variant sees the same
+# answers, and the values can be compared with the true ones of the very same states.
+STILL = (TRAIN.replace("--steps 20", "--steps 16").replace("--eval-every 4", "--eval-every 8")
+         + " --lr 1e-12 --utd 1 --eval-problems 1 --true-values 120" + LEAN)
+RUNS |= {f"values-{name}": f"--algo {algo} {STILL}{FLAGS[algo]}{flags}" for name, algo, flags in [
+    ("two", "asyppo", ""), ("shared", "asyppo", " --shared-data"), ("one", "naive", ""), ("full", "ppo", ""),
+    ("four", "asyppo", " --critics 4"), ("min", "asyppo", " --aggregate min"),
+    ("scratch", "asyppo", " --critic-scratch")]}
+TUNING = {f"tune-{algo}{flags}".replace(" --", "-").replace(" ", "-"):
+          f"--algo {algo} {TRAIN.replace('--steps 20', '--steps 24')}{FLAGS[algo]}{flags}{LEAN}"
+          for algo, grid in GRID.items() for flags in grid}
+RUNS["cost"] = "--profile --prompts-per-step 16" + LEAN
+RUNS["early"] = "--steps 10 --eval-problems 64"  # for figures/tokens.png: one answer while there are mistakes to see
+ALL = RUNS | TUNING
+QUICK = ["asyppo-utd8", "grpo-utd8", "ppo-utd8", "naive-utd8", "no-mask-utd8", "values-two", "values-shared",
+         "values-one", "early"]
+
+# The paper's claims: number, what it says, and the effect whose sign decides, made of RUN:NUMBER (see numbers_of).
+# Positive is what the paper says. "final" is held-out accuracy, the mean of the last two evaluations.
+CLAIMS = [
+    ("C1", "at UTD 8 GRPO falls further below its best than AsyPPO", "grpo-utd8:fall - asyppo-utd8:fall"),
+    ("C1", "at UTD 8 AsyPPO ends above GRPO", "asyppo-utd8:final - grpo-utd8:final"),
+    ("C2", "pretrained mini-critics are nearer to the true values than untaught ones",
+     "values-scratch:fitted_error - values-two:fitted_error"),
+    ("C2", "and guide the actor further", "asyppo-utd4:final - scratch:final"),
+    ("C3", "disjoint shards make critics differ (sigma, relative to shared data, minus 1)",
+     "values-two:sigma / values-shared:sigma - 1"),
+    ("C3", "disjoint shards bring V_bar nearer to the true values",
+     "values-shared:fitted_error - values-two:fitted_error"),
+    ("C3", "and guide the actor further", "asyppo-utd4:final - shared:final"),
+    ("C4", "two critics are nearer to the true values than one", "values-one:fitted_error - values-two:fitted_error"),
+    ("C4", "the second critic brings more than the third and fourth",
+     "values-one:fitted_error - values-two:fitted_error - values-two:fitted_error + values-four:fitted_error"),
+    ("C4", "AsyPPO ends above PPO with one mini-critic", "asyppo-utd4:final - naive-utd4:final"),
+    ("C4", "a full-size critic is nearer to the true values than one mini-critic",
+     "values-one:fitted_error - values-full:fitted_error"),
+    ("C5", "the mean is nearer to the true values than the minimum",
+     "values-min:fitted_error - values-two:fitted_error"),
+    ("C5", "and guides the actor further", "asyppo-utd4:final - min:final"),
+    ("C6", "the advantage mask helps at UTD 4", "asyppo-utd4:final - no-mask-utd4:final"),
+    ("C6", "it helps at UTD 8", "asyppo-utd8:final - no-mask-utd8:final"),
+    ("C6", "it helps more at UTD 8 than at UTD 1",
+     "asyppo-utd8:final - no-mask-utd8:final - asyppo-utd1:final + no-mask-utd1:final"),
+    ("C6", "better than masking by entropy", "asyppo-utd4:final - mask-entropy:final"),
+    ("C6", "control: better than a random mask of the same share", "asyppo-utd4:final - mask-random:final"),
+    ("C7", "a plain entropy bonus (0.03) does harm", "no-bonus:final - bonus-plain:final"),
+    ("C7", "filtered by sigma it does less", "bonus:final - bonus-plain:final"),
+    ("C7", "filtered by sigma it helps", "bonus:final - no-bonus:final"),
+    ("C7", "control: better than filtered at random", "bonus:final - bonus-random:final"),
+    ("C7", "filtering too much (80 %) lowers the entropy at the end", "bonus:entropy - bonus-h80:entropy"),
+    ("C8", "of the fifth of tokens with the lowest sigma, more than half have low entropy (share minus 1/2)",
+     "values-two:low_entropy_if_low_sigma - 0.5"),
+    ("C8", "the converse holds less often (difference of the shares)",
+     "values-two:low_entropy_if_low_sigma - values-two:low_sigma_if_low_entropy"),
+    ("C9", "a step takes less time than PPO's with a full-size critic (share saved)", "1 - cost:time_over_ppo"),
+    ("C9", "a step needs less memory than PPO's (share saved)", "1 - cost:memory_over_ppo"),
+    ("C9", "a step takes at most a fifth more time than GRPO's (1.2 minus the ratio)", "1.2 - cost:time_over_grpo"),
+    ("C10", "at UTD 4 AsyPPO ends above GRPO", "asyppo-utd4:final - grpo-utd4:final"),
+    ("C10", "at UTD 4 AsyPPO ends above symmetric PPO", "asyppo-utd4:final - ppo-utd4:final"),
+    ("C10", "groups of 32 end above groups of 8", "asyppo-G32:final - asyppo-utd4:final"),
+    ("more", "with groups of 2 AsyPPO ends above GRPO", "asyppo-G2:final - grpo-G2:final"),
+    ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
+    ("more", "on longer problems AsyPPO ends above GRPO", "asyppo-long:final - grpo-long:final"),
+]
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+# 97.5 % quantile of Student's t by degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def bootstrap_interval(differences: list[float], resamples: int = 20_000) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences, by resampling them.
+
+    With as few as five, plain percentiles cover the truth in only 83 of 100 cases. So wider percentiles are taken, by as
+    much as Student's interval is wider than the normal one (Hesterberg, arXiv 1411.5279, "expanded percentile").
+    Raises ValueError for fewer than two differences: one has no spread.
+    """
+    n = len(differences)
+    if n < 2:
+        raise ValueError("an interval needs at least two differences")
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * STUDENT[min(n - 2, len(STUDENT) - 1)])
+    values = torch.tensor(differences, dtype=torch.float64)
+    draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
+    means = values[draws].mean(1)
+    return float(means.quantile(tail)), float(means.quantile(1 - tail))
+
+
+def verdict(low: float, high: float) -> str:
+    return "reproduced" if low > 0 else "opposite" if high < 0 else "undecided"
+
+
+def effect(formula: str, results: dict, seed: str) -> float | None:
+    """The value of RUN:NUMBER terms, constants and + - / (products first), for one seed; None if a run is missing.
+    effect("1 - a:x / b:x", {"a": {"1": {"x": 1}}, "b": {"1": {"x": 4}}}, "1") == 0.75"""
+    total, sign, quotient, divide = 0.0, 1.0, None, False
+    for word in [*formula.split(), "+"]:
+        if word in "+-":
+            total, sign, quotient = total + sign * (quotient or 0.0), 1.0 if word == "+" else -1.0, None
+        elif word == "/":
+            divide = True
+        else:
+            run, _, number = word.partition(":")
+            value = results.get(run, {}).get(seed, {}).get(number) if number else float(word)
+            if value is None:
+                return None
+            quotient, divide = quotient / value if divide else value, False
+    return total
+
+
+def judge(results: dict) -> list[dict]:
+    """One row per claim, over the seeds for which all its runs are there."""
+    rows = []
+    for number, says, formula in CLAIMS:
+        found = [value for seed in map(str, SEEDS) if (value := effect(formula, results, seed)) is not None]
+        low, high = bootstrap_interval(found) if len(found) > 1 else (math.nan, math.nan)
+        rows.append({"claim": number, "says": says, "formula": formula, "seeds": len(found),
+                     "effect": sum(found) / len(found) if found else math.nan, "low": low, "high": high,
+                     "verdict": verdict(low, high) if found else "not run"})
+    return rows
+
+
+def table_of(rows: list[dict]) -> str:
+    lines = ["| | the paper's claim, as asked of the toy | effect | 95 % interval | seeds | |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if row["seeds"]:
+            interval = f"{row['low']:+.3f} to {row['high']:+.3f}" if row["seeds"] > 1 else "-"
+            lines.append(f"| {row['claim']} | {row['says']} | {row['effect']:+.3f} | {interval} | {row['seeds']} | "
+                         f"{row['verdict']} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def command_of(name: str, seed: int, folder: Path) -> list[str]:
+    script = os.path.relpath(Path(__file__).with_name("asyppo.py"))
+    return [sys.executable, script, *ALL[name].split(), "--seed", str(seed), "--out", str(folder)]
+
+
+def numbers_of(folder: Path) -> dict:
+    """What the experiment keeps of a run of asyppo.py."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["step"], row["eval_accuracy"]) for row in rows if row["eval_accuracy"] is not None]
+    accuracy, best, fall = [a for _, a in curve], 0.0, 0.0
+    for a in accuracy:
+        best, fall = max(best, a), max(fall, best - a)
+
+    def mean(name):
+        values = [row[name] for row in rows[1:] if row.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
+    kept = {"start": accuracy[0], "final": sum(accuracy[-2:]) / 2, "fall": fall, "entropy": rows[-1]["entropy"],
+            "curve": curve, "sigma": mean("sigma_mean")}
+    for name in ("explained_variance", "true_explained", "critic_explained", "critic_error", "fitted_explained",
+                 "fitted_error"):
+        kept[name] = mean(name)
+    batch = load_file(folder / "last_batch.safetensors")
+    valid = batch["mask"].bool()
+    sigma, entropy = (batch[name][valid].argsort().argsort() for name in ("sigma", "entropy"))  # ranks, 0 is lowest
+    if batch["sigma"].any():
+        N = len(sigma)
+        kept["low_entropy_if_low_sigma"] = float((entropy[sigma < N // 5] < N // 2).float().mean())
+        kept["low_sigma_if_low_entropy"] = float((sigma[entropy < N // 5] < N // 2).float().mean())
+        kept["joint_tenths"] = torch.bincount(sigma * 10 // N * 10 + entropy * 10 // N, minlength=100).tolist()
+        kept["sigma_percentiles"] = batch["sigma"][valid].quantile(torch.linspace(0, 1, 101)).tolist()
+    return kept
+
+
+def costs_of(told: str) -> dict:
+    """The ratios that asyppo.py --profile prints."""
+    found = {}
+    for what, key in (("step", "time"), ("peak memory", "memory")):
+        for other in ("grpo", "ppo"):
+            found[f"{key}_over_{other}"] = float(re.search(rf"{what} of asyppo / (?:\w+ )?of {other}: ([\d.]+)", told)[1])
+    return found
+
+
+def run(name: str, seed: int, where: Path) -> dict:
+    folder, started = where / "runs" / f"{name}-{seed}", time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    # One thread each, two at a time, is faster than one after the other with two; and the results depend on it.
+    process = subprocess.run(command_of(name, seed, folder), capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    if process.returncode:
+        said = process.stderr.strip().splitlines() or ["without a word"]
+        raise RuntimeError(f"{name}, seed {seed}, ended with code {process.returncode}: {said[-1]}")
+    numbers = costs_of(process.stdout) if name == "cost" else numbers_of(folder)
+    for weights in [*folder.glob("**/model.safetensors"), *folder.glob("checkpoint.pt")]:
+        weights.unlink()  # 200 runs take 2 GB, otherwise
+    return {"flags": ALL[name], "seconds": round(time.perf_counter() - started, 1)} | numbers
+
+
+def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> dict:
+    """Do all runs that are not in where/results.json yet, `jobs` at a time, each kept there as soon as it has ended."""
+    path = where / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    todo = [(name, seed) for seed in seeds for name in names if name != "early" or seed == seeds[0]]
+    todo = [(name, seed) for name, seed in todo
+            if results.get(name, {}).get(str(seed), {}).get("flags") != ALL[name]]
+    models()  # made here, once, not by the first runs at the same time
+    where.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", smoothing=0.1) as bar:
+        waiting = {pool.submit(run, name, seed, where): (name, seed) for name, seed in todo}
+        try:
+            for done in as_completed(waiting):
+                name, seed = waiting[done]
+                results.setdefault(name, {})[str(seed)] = done.result()
+                beside = path.with_suffix(".unfinished")
+                lines = [f"{json.dumps(name)}: {json.dumps(by_seed)}" for name, by_seed in sorted(results.items())]
+                beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+                os.replace(beside, path)
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+ALGORITHMS = {"asyppo": "AsyPPO: two mini-critics", "ppo": "PPO: one full-size critic", "naive": "PPO: one mini-critic",
+              "grpo": "GRPO: no critic"}
+VARIANTS = {"scratch": "two, not pretrained", "one": "one", "shared": "two, same data", "two": "two, disjoint",
+            "min": "two, minimum", "four": "four, disjoint", "full": "one, full size"}
+
+
+def seeds_of(results: dict, name: str, number: str) -> list:
+    """A number of a run, for every seed that ran."""
+    return [found[number] for found in results.get(name, {}).values() if found.get(number) is not None]
+
+
+def plot_curves(results: dict, path: Path) -> None:
+    """Held-out accuracy by answers generated, mean and range of the seeds, per UTD; and final accuracy by group size."""
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for axis, utd in zip(panels.flat, (1, 4, 8)):
+        for color, (algo, label) in enumerate(ALGORITHMS.items()):
+            curves = torch.tensor(seeds_of(results, f"{algo}-utd{utd}", "curve"))  # [seeds, evaluations, 2]
+            if len(curves):
+                steps, accuracy = curves[0, :, 0] * ANSWERS, curves[:, :, 1]
+                axis.plot(steps, accuracy.mean(0), color=f"C{color}", label=label)
+                axis.fill_between(steps, accuracy.amin(0), accuracy.amax(0), color=f"C{color}", alpha=0.12, linewidth=0)
+        axis.set(title=f"every batch used {utd} times" if utd > 1 else "every batch used once", ylim=(0.2, 1),
+                 xlabel="answers generated", ylabel="held-out accuracy")
+        axis.grid(alpha=0.3)
+    handles, labels = panels[1, 0].get_legend_handles_labels()
+    if handles:
+        panels[1, 0].legend(loc="lower right")
+    axis, places = panels[1, 1], {"2": "G2", "8": "utd4", "32": "G32", "8, longer\nproblems": "long"}
+    for color, algo, shift in (("C0", "asyppo", -0.08), ("C3", "grpo", 0.08)):
+        for x, name in enumerate(places.values()):
+            finals = seeds_of(results, f"{algo}-{name}", "final")
+            axis.plot([x + shift] * len(finals), finals, "o", color=color, alpha=0.4, markersize=4)
+            if finals:
+                axis.plot([x + shift - 0.06, x + shift + 0.06], [sum(finals) / len(finals)] * 2, color=color, linewidth=2)
+        axis.plot([], [], "o", color=color, label=ALGORITHMS[algo])
+    axis.set(title="at the end, by answers per prompt (each used 4 times)", xlabel="group size", ylabel="final accuracy")
+    axis.set_xticks(range(len(places)), places)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_values(results: dict, path: Path) -> None:
+    """How far each kind of critic is from the true values: a dot per seed, the line is their mean."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axis = figure.subplots()
+    for color, shift, number, label in (("C1", -0.12, "critic_error", "before the critics have seen the answers"),
+                                        ("C0", 0.12, "fitted_error", "after: what the advantages are made of")):
+        for x, name in enumerate(VARIANTS):
+            errors = seeds_of(results, f"values-{name}", number)
+            axis.plot([x + shift] * len(errors), errors, "o", color=color, alpha=0.5, markersize=4)
+            if errors:
+                axis.plot([x + shift - 0.1, x + shift + 0.1], [sum(errors) / len(errors)] * 2, color=color, linewidth=2)
+        axis.plot([], [], "o", color=color, label=label)
+    axis.set_xticks(range(len(VARIANTS)), VARIANTS.values())
+    axis.set(title="error of V_bar against the true values of the same states (root mean square); lower is better",
+             ylabel="error")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_disagreement(results: dict, path: Path) -> None:
+    """sigma on disjoint and on shared shards; and sigma against entropy, both as ranks."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, name, label in (("C0", "values-two", "disjoint shards"), ("C1", "values-shared", "shared data")):
+        for percentiles in seeds_of(results, name, "sigma_percentiles"):
+            left.plot(percentiles, torch.linspace(0, 100, 101), color=color, alpha=0.7)
+        left.plot([], [], color=color, label=label)
+    left.set(title="disagreement of two critics (a line per seed)", xlabel="sigma of a token is at most",
+             ylabel="of so many % of the tokens", xlim=(0, 0.2))
+    left.grid(alpha=0.3)
+    left.legend(loc="lower right")
+    counts = seeds_of(results, "values-two", "joint_tenths")
+    if counts:
+        joint = torch.tensor(counts).float().sum(0).view(10, 10)  # rows: sigma, columns: entropy, lowest tenth first
+        shares = 1000 * joint / joint.sum()
+        image = right.imshow(shares, origin="lower", cmap="viridis", vmin=0)
+        figure.colorbar(image, ax=right, label="tokens per 1000 (10: as if independent)")
+    right.set(title="sigma against entropy of the same tokens", xlabel="entropy, in tenths of the tokens",
+              ylabel="sigma, in tenths of the tokens")
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def gate(results: dict) -> str:
+    """Does the toy test the paper at all? What true values and critics explain of the return's variance."""
+    lines = []
+    for name, where in (("values-two", "starting policy"), ("asyppo-utd4", "while it learns"),
+                        ("values-scratch", "starting policy, critics not pretrained")):
+        truth, critics = (seeds_of(results, name, key) for key in ("true_explained", "critic_explained"))
+        if truth:
+            lines.append(f"{where}: true values explain {sum(truth) / len(truth):.2f} of the return's variance, "
+                         f"mini-critics {sum(critics) / len(critics):.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="toy_task.py", description="The experiment: does AsyPPO do on a toy what the "
+                                     "paper says it does? Goes on where it was stopped.")
+    parser.add_argument("--quick", action="store_true", help="some of the runs, one seed: ten minutes")
+    parser.add_argument("--out", type=Path, help="directory for results.json and pictures (default: figures, or "
+                                                 "runs/quick with --quick); what is in its results.json is not run again")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
+    parser.add_argument("--commands", action="store_true", help="only print the command lines of all runs")
+    parser.add_argument("--samples", action="store_true", help="only print some problems and demonstrations")
+    given = parser.parse_args(argv)
+    out = given.out or (Path("runs/quick") if given.quick else Path(__file__).with_name("figures"))
+    if given.samples:
+        for sample in problems("train", 0).select(range(5)):
+            print(f"problem {sample['prompt']:15s} answer {sample['answer']}   demonstration "
+                  + demonstration(sample["prompt"][:-1], random.Random(sample["prompt"])))
+        return 0
+    names = list(TUNING) if given.tune else QUICK if given.quick else list(RUNS)
+    seeds = TUNING_SEEDS if given.tune else SEEDS[:1] if given.quick else SEEDS
+    if given.commands:
+        for seed in seeds:
+            for name in names:
+                print("OMP_NUM_THREADS=1 python " + " ".join(command_of(name, seed, out / "runs" / f"{name}-{seed}")[1:]))
+        return 0
+    if given.jobs < 1:
+        print("toy_task: --jobs must be at least 1", file=sys.stderr)
+        return 2
+    try:
+        results = experiment(out, names, seeds, given.jobs)
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"toy_task: {error}; what has been done is kept, the same command goes on", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("toy_task: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    if given.tune:
+        for name in names:
+            print(f"{name:36s} final accuracy " + " ".join(f"{x:.3f}" for x in seeds_of(results, name, "final")))
+        return 0
+    plot_curves(results, out / "curves.png")
+    plot_values(results, out / "values.png")
+    plot_disagreement(results, out / "disagreement.png")
+    if (early := out / "runs" / f"early-{seeds[0]}" / "tokens.png").exists():
+        shutil.copy(early, out / "tokens.png")
+    print(table_of(judge(results)))
+    print(gate(results))
+    print(f"{sum(len(r) for r in results.values())} runs; see curves.png, values.png, disagreement.png and tokens.png in {out}")
+    return 0
+
+
 if __name__ == "__main__":
-    for sample in problems("train", 0).select(range(5)):
-        print(f"problem {sample['prompt']:15s} answer {sample['answer']}   demonstration "
-              + demonstration(sample["prompt"][:-1], random.Random(sample["prompt"])))
-    print("models: actor {}, mini-critics' base {}".format(*models()))
+    sys.exit(main())
