@@ -123,8 +123,8 @@ class Config:
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
     critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn, so "
                                    "that the actor does not follow noise")
-    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is a
-    # control: only what a mask gains over a random one of the same share does it owe to sigma.
+    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
+    # a control: only what a mask gains over a random one of the same share does it owe to sigma.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
     mask_by: str = option("sigma", "signal of the advantage mask", choices=["sigma", "entropy", "random"])
     entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)")
@@ -705,9 +705,9 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
     seconds_critic = clock.lap()
-    # Two values of the same state: as predicted, and as used for the advantages.
-    looked = true_values(learner, batch, {"critic": learner.view["v_bar"], "fitted": v_bar} if critics else {}, examples,
-                         config.true_values) if look_into_values else {}
+    # A state's value as the critics foretold it, and as it has become for the advantages.
+    guesses = {"critic": learner.view["v_bar"], "fitted": v_bar} if critics else {}
+    looked = true_values(learner, batch, guesses, examples, config.true_values) if look_into_values else {}
     clock.lap()  # this one is not counted
     learner.view.update(values=values, v_bar=v_bar, sigma=sigma, advantages=advantages, adv_keep=adv_keep,
                         ent_keep=ent_keep)
@@ -1245,8 +1245,8 @@ def summary(metrics: dict) -> str:
 
 
 def save(learner: Learner, out: Path) -> None:
-    """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic; last_batch.safetensors are
-    the tensors of the last iteration, as the Rollout and train_step name them. Safetensors only."""
+    """actor/ loads with AutoModelForCausalLM.from_pretrained, critic_1/ ... with load_critic; last_batch.safetensors
+    holds the last iteration's tensors, as Rollout and train_step name them. Safetensors only."""
     from safetensors.torch import save_file
     try:
         learner.actor.save_pretrained(out / "actor")

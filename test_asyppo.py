@@ -596,6 +596,25 @@ def test_masks_reach_the_loss(tiny, monkeypatch):
     assert {call[7:] for call in seen} == {(0.2, 0.5)}
 
 
+def test_random_signals_mask_as_many_tokens_but_others(tiny):
+    sigma, noise, noise_again = [asyppo.train_step(learner := learner_of(tiny, mask_by=by, filter_by=by), 1) and learner.view
+                                 for by in ("sigma", "random", "random")]
+    for name in ("adv_keep", "ent_keep"):
+        assert sigma[name].sum() == noise[name].sum() < sigma["batch"].mask.sum()
+        assert not torch.equal(sigma[name], noise[name]) and torch.equal(noise[name], noise_again[name])
+    assert not torch.equal(noise["adv_keep"], noise["ent_keep"])
+    assert torch.equal(sigma["values"], noise["values"])  # nothing but the masks has changed
+
+
+def test_untaught_critics_share_random_weights(tiny):
+    pretrained, untaught, other = [learner_of(tiny, critic_scratch=scratch, seed=seed).critics
+                                   for scratch, seed in ((False, 3), (True, 3), (True, 4))]
+    assert torch.equal(weights(untaught[0].backbone), weights(untaught[1].backbone))
+    assert not torch.equal(weights(untaught[0].backbone), weights(other[0].backbone))
+    assert weights(pretrained[0]).shape == weights(untaught[0]).shape
+    assert torch.corrcoef(torch.stack([weights(m[0].backbone.layers[0].mlp) for m in (pretrained, untaught)]))[0, 1] < 0.2
+
+
 def test_grpo_gives_every_token_its_answers_group_advantage(tiny):
     learner = learner_of(tiny, critics=0)
     metrics = asyppo.train_step(learner, 1)
@@ -854,7 +873,19 @@ def test_profile_prints_phases_floor_and_ratios(tiny, capsys, tmp_path):
     assert asyppo.main(arguments(tiny, tmp_path / "run", "--profile")) == 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("rollout", "floor", "asyppo", "grpo", "ppo", "step of asyppo / step of ppo"))
+    costs = toy_task.costs_of(told)
+    assert set(costs) == {f"{a}_over_{b}" for a in ("time", "memory") for b in ("grpo", "ppo")}
+    assert costs["time_over_ppo"] < costs["time_over_grpo"] and 0 < costs["memory_over_ppo"] <= costs["memory_over_grpo"]
     assert not (tmp_path / "run").exists()
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def run():
+        first = torch.ones(2**18)  # 1 MiB
+        second = torch.ones(2**19) + 1  # 2 MiB, twice while they are added
+        del first, second
+        torch.ones(2**18)
+    assert asyppo.peak_memory(torch.device("cpu"), run) == pytest.approx(5, abs=0.1)
 
 
 TASK_HEAD = "from datasets import Dataset\n"
@@ -1422,6 +1453,155 @@ def test_the_toy_starts_where_there_is_room_to_learn():
     assert sizes[0] > 8 * sizes[1]
 
 
+# --------------------------------------------------------------------------------------------------- the experiment
+
+
+def draws(count, n, mean, std, seed=0):
+    return (mean + std * torch.randn(count, n, generator=torch.Generator().manual_seed(seed))).tolist()
+
+
+@pytest.mark.parametrize("n, least", [(5, 0.90), (8, 0.92)])
+def test_the_interval_covers(n, least):
+    intervals = [toy_task.bootstrap_interval(sample, resamples=4000) for sample in draws(400, n, 0.3, 1.0)]
+    assert least <= sum(low <= 0.3 <= high for low, high in intervals) / 400 <= 0.985
+
+
+def test_a_null_is_undecided_and_an_effect_is_found():
+    def share(mean, word):
+        return sum(toy_task.verdict(*toy_task.bootstrap_interval(sample, resamples=4000)) == word
+                   for sample in draws(200, 5, mean, 0.01)) / 200
+    assert share(0.0, "undecided") > 0.88
+    assert share(0.03, "reproduced") > 0.95 and share(-0.03, "opposite") > 0.95
+    assert toy_task.verdict(math.nan, math.nan) == "undecided"
+    with pytest.raises(ValueError, match="at least five"):
+        toy_task.bootstrap_interval([1.0, 2.0, 3.0, 4.0])
+
+
+def test_intervals_do_not_depend_on_order_of_size_or_chance():
+    sample = [0.1, 0.3, 0.2, 0.25, 0.0, 0.4]
+    low, high = toy_task.bootstrap_interval(sample)
+    assert (low, high) == toy_task.bootstrap_interval(sample) and min(sample) <= low < 0.2083 < high <= max(sample)
+    assert toy_task.bootstrap_interval([100 * x for x in sample]) == pytest.approx((100 * low, 100 * high))
+    assert toy_task.bootstrap_interval([0.5] * 5) == (0.5, 0.5)
+
+
+def test_effects_are_computed_as_written():
+    results = {"a": {"1": {"x": 6.0, "y": 2.0}}, "b-c": {"1": {"x": 3.0}}}
+    for formula, value in [("a:x - b-c:x", 3), ("a:x / b-c:x - 1", 1), ("1.2 - a:y", -0.8), ("a:x - a:y - b-c:x + a:y", 3),
+                           ("1 - a:x / a:y", -2), ("a:x", 6)]:
+        assert toy_task.effect(formula, results, "1") == pytest.approx(value)
+    assert toy_task.effect("a:x - a:z", results, "1") is None and toy_task.effect("a:x", results, "2") is None
+
+
+def test_judged_by_seeds_that_all_runs_have():
+    results = {"asyppo-utd8": {str(s): {"final": 0.9 + 0.001 * s} for s in toy_task.SEEDS},
+               "grpo-utd8": {str(s): {"final": 0.8} for s in toy_task.SEEDS}}
+    row = next(r for r in toy_task.judge(results) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
+    assert row["verdict"] == "reproduced" and row["seeds"] == 5 and row["effect"] == pytest.approx(0.103)
+    del results["grpo-utd8"]["3"]
+    row = next(r for r in toy_task.judge(results) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
+    assert row["verdict"] == "undecided" and row["seeds"] == 4 and math.isnan(row["low"])
+
+
+def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
+    for name, flags in toy_task.ALL.items():
+        config = asyppo.parse(flags.split())
+        asyppo.check(config)
+        if name not in ("cost", "early"):
+            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS
+            assert config.steps == (16 if "values" in name else 24 if "tune" in name else 20)
+            assert config.lr == (1e-12 if "values" in name else config.lr)
+    assert set(toy_task.QUICK) <= set(toy_task.RUNS) and not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
+
+
+def test_every_claim_is_made_of_numbers_that_its_runs_give(tiny, tmp_path):
+    assert asyppo.main(arguments(tiny, tmp_path, "--true-values", "8")) == 0
+    numbers = toy_task.numbers_of(tmp_path)
+    given = {"cost": toy_task.costs_of("".join(f"{what} of asyppo / {step}of {other}: 1.0\n" for other in ("grpo", "ppo")
+                                               for what, step in (("step", "step "), ("peak memory", ""))))}
+    for number, says, formula in toy_task.CLAIMS:
+        for run, name in re.findall(r"([\w-]+):(\w+)", formula):
+            assert run in toy_task.RUNS and name in given.get(run, numbers), (run, name)
+    curve = dict(numbers["curve"])
+    assert list(curve) == [0, 2, 3] and numbers["final"] == (curve[2] + curve[3]) / 2 and numbers["start"] == curve[0]
+    assert numbers["fall"] == max(0, *(a - b for i, a in enumerate(curve.values()) for b in list(curve.values())[i:]))
+    assert sum(numbers["joint_tenths"]) == int(toy_task.load_file(tmp_path / "last_batch.safetensors")["mask"].sum())
+
+
+def test_shares_of_low_sigma_and_entropy(tmp_path):
+    """Ten tokens: sigma 0 to 9, entropy the reverse but for the two lowest of sigma, which have the lowest entropy."""
+    from safetensors.torch import save_file
+    sigma, entropy = torch.arange(10.0), torch.tensor([0.0, 0.1, 9, 8, 7, 6, 5, 4, 3, 2])
+    save_file({"mask": torch.ones(1, 10), "sigma": sigma[None], "entropy": entropy[None]}, tmp_path / "last_batch.safetensors")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_accuracy": 0.5}\n'
+                                            '{"step": 1, "eval_accuracy": 0.25, "entropy": 1.0, "sigma_mean": 0.1}\n')
+    numbers = toy_task.numbers_of(tmp_path)
+    assert numbers["low_entropy_if_low_sigma"] == 1 and numbers["low_sigma_if_low_entropy"] == 1
+    assert numbers["fall"] == 0.25 and numbers["sigma"] == pytest.approx(0.1)
+    save_file({"mask": torch.ones(1, 10), "sigma": sigma[None], "entropy": 9 - entropy[None]}, tmp_path / "last_batch.safetensors")
+    assert toy_task.numbers_of(tmp_path)["low_entropy_if_low_sigma"] == 0
+
+
+SHORT = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-every 1 --eval-problems 8 --max-new-tokens 12"
+
+
+@pytest.fixture()
+def short_experiment(tiny, monkeypatch):
+    """Four of its runs, short and with untrained models."""
+    monkeypatch.setattr(toy_task, "models", lambda: (str(tiny / "actor"), str(tiny / "critic")))
+    base = f"--model {tiny}/actor --critic-model {tiny}/critic --level symbols {SHORT} --algo "
+    runs = {"asyppo-utd8": base + "asyppo", "grpo-utd8": base + "grpo", "values-two": base + "asyppo --true-values 4",
+            "early": base + "asyppo"}
+    monkeypatch.setattr(toy_task, "RUNS", runs)
+    monkeypatch.setattr(toy_task, "ALL", runs)
+    monkeypatch.setattr(toy_task, "QUICK", list(runs))
+    return runs
+
+
+def test_the_experiment_ends_with_a_table_and_pictures_and_goes_on(short_experiment, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert toy_task.main(["--quick", "--out", str(out), "--jobs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "| C1 | at UTD 8 AsyPPO ends above GRPO |" in told and "undecided" in told and "4 runs" in told
+    assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "values", "disagreement", "tokens"))
+    results = json.loads((out / "results.json").read_text())
+    assert {(name, seed) for name in results for seed in results[name]} == {(name, "1") for name in short_experiment}
+    assert not list(out.glob("**/model.safetensors"))
+    # What is there is not run again; what is not there, or has other flags by now, is.
+    ran, real = [], toy_task.run
+    monkeypatch.setattr(toy_task, "run", lambda name, seed, where: ran.append(name) or real(name, seed, where))
+    del results["grpo-utd8"]
+    (out / "results.json").write_text(json.dumps(results))
+    short_experiment["early"] += " --utd 1"
+    assert toy_task.main(["--quick", "--out", str(out)]) == 0 and sorted(ran) == ["early", "grpo-utd8"]
+    assert toy_task.main(["--quick", "--out", str(out)]) == 0 and len(ran) == 2
+
+
+def test_a_run_that_fails_is_told_in_one_line_and_what_is_done_is_kept(short_experiment, tmp_path, capsys):
+    short_experiment["values-two"] += " --critics 9"
+    assert toy_task.main(["--quick", "--out", str(tmp_path), "--jobs", "1"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("toy_task: values-two, seed 1, ended with code 2: asyppo: --group-size 4 is less than --critics 9")
+    assert "asyppo-utd8" in json.loads((tmp_path / "results.json").read_text())
+
+
+def test_commands_can_be_repeated_by_hand(capsys):
+    assert toy_task.main(["--commands"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) == len(toy_task.SEEDS) * (len(toy_task.RUNS) - 1) + 1
+    for line in lines:
+        words = shlex.split(line)
+        assert words[0] == "OMP_NUM_THREADS=1" and words[1] == "python" and Path(words[2]).name == "asyppo.py"
+        asyppo.check(asyppo.parse(words[3:]))
+
+
+def test_longer_problems_are_longer():
+    for level, lengths in (("symbols", {3, 4, 5, 6}), ("long", {5, 6, 7, 8})):
+        rows = toy_task.problems("train", 0, level)
+        assert {len(prompt) // 2 - 1 for prompt in rows["prompt"]} == lengths
+        assert toy_task.reward(f"#{rows[0]['answer']}", rows[0]) == 1
+
+
 # ------------------------------------------------------------------------------------------------------- README
 
 
@@ -1475,6 +1655,10 @@ def test_readme_commands_as_typed_but_short(command, tiny, small_llm, tmp_path, 
             Path(name[1]).write_text(text)
     Path("my_problems.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
     script, *flags = shlex.split(command)[1:]
+    if script == "toy_task.py":  # what it runs is tested above
+        monkeypatch.setattr(toy_task, "experiment", lambda where, *rest: where.mkdir(parents=True) or {})
+        assert toy_task.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
+        return
     assert script == "asyppo.py"
     if "--resume" in flags:
         assert asyppo.main(arguments(tiny, flags[flags.index("--resume") + 1])) == 0
@@ -1504,5 +1688,12 @@ def test_readme_python_runs(code, tiny, small_llm, tmp_path, monkeypatch):
 
 def test_readme_shows_every_flag_it_mentions():
     known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
-    known |= {"--no-whiten", "--help"}
+    known |= {"--no-whiten", "--help", *re.findall(r'add_argument\("(--\w+)"', inspect.getsource(toy_task.main))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+
+
+def test_readme_table_is_that_of_the_results():
+    results = json.loads((HERE / "figures" / "results.json").read_text())
+    assert toy_task.table_of(toy_task.judge(results)) in README and toy_task.gate(results) in README
+    for name, by_seed in results.items():
+        assert all(found["flags"] == toy_task.ALL[name] for found in by_seed.values()), f"{name}: flags have changed"

@@ -13,8 +13,10 @@ usually wrong, and there is more to learn than sharpening: take small steps, or 
 luck: `*` is only followed by 3, 7 or 9, which can be undone modulo 10.
 
 This file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all it needs; `models` and
-`LEVELS` are extras: models of its own, and degrees of difficulty for others. `python toy_task.py` shows problems,
-demonstrations and the pretrained models.
+`LEVELS` are extras: models of its own, and degrees of difficulty for others.
+
+    python toy_task.py --samples     shows problems and demonstrations
+    python toy_task.py               the experiment: which of the paper's claims show up (the second half of this file)
 """
 import argparse
 import hashlib
@@ -262,7 +264,7 @@ SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 ANSWERS = 128
 TRAIN = "--steps 20 --prompts-per-step 16 --eval-every 4 --critic-warmup 2 --critic-batch 8"
 LEAN = " --micro-batch-tokens 1024 --checkpoint-every 0"  # no other results, only faster
-FLAGS = {"asyppo": "", "naive": "", "ppo": " --critic-lr 3e-4", "grpo": ""}
+FLAGS = {"asyppo": "", "grpo": "", "ppo": " --critic-lr 3e-4", "naive": ""}
 
 # Every algorithm was tuned with four settings, two seeds each, 24 iterations, UTD 4. Chosen: the best final accuracy.
 GRID = {"grpo": [f" --lr {lr}" for lr in ("1e-5", "3e-5", "6e-5", "1e-4")]}
@@ -276,7 +278,7 @@ def of(algo: str, flags: str) -> str:
 
 
 # name: flags of asyppo.py, to which seed and directory are added
-RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for utd in (8, 4, 1) for algo in ("asyppo", "grpo", "ppo", "naive")}
+RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for utd in (8, 4, 1) for algo in FLAGS}
 RUNS["asyppo-utd4"] += " --true-values 60"
 RUNS |= {name: of("asyppo", flags) for name, flags in {
     "shared": "--shared-data", "four": "--critics 4", "min": "--aggregate min", "scratch": "--critic-scratch",
@@ -350,6 +352,7 @@ CLAIMS = [
     ("C10", "at UTD 4 AsyPPO ends above GRPO", "asyppo-utd4:final - grpo-utd4:final"),
     ("C10", "at UTD 4 AsyPPO ends above symmetric PPO", "asyppo-utd4:final - ppo-utd4:final"),
     ("C10", "groups of 32 end above groups of 8", "asyppo-G32:final - asyppo-utd4:final"),
+    ("C10", "with answers of thousands of tokens, on competition mathematics", ""),
     ("more", "with groups of 2 AsyPPO ends above GRPO", "asyppo-G2:final - grpo-G2:final"),
     ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
     ("more", "on longer problems AsyPPO ends above GRPO", "asyppo-long:final - grpo-long:final"),
@@ -357,21 +360,21 @@ CLAIMS = [
 
 # ------------------------------------------------------------------------------------------------------- statistics
 
-# 97.5 % quantile of Student's t by degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+STUDENT = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the t distribution's 97.5 % quantile for 5, 6, ... differences
 
 
 def bootstrap_interval(differences: list[float], resamples: int = 20_000) -> tuple[float, float]:
     """95 % interval of the mean of paired differences, by resampling them.
 
-    With as few as five, plain percentiles cover the truth in only 83 of 100 cases. So wider percentiles are taken, by as
-    much as Student's interval is wider than the normal one (Hesterberg, arXiv 1411.5279, "expanded percentile").
-    Raises ValueError for fewer than two differences: one has no spread.
+    With as few as five, plain percentiles cover the truth in only 83 of 100 cases. So wider percentiles are taken, by
+    as much as Student's interval is wider than the normal one (Hesterberg, arXiv 1411.5279, "expanded percentile"). No
+    resampled mean lies beyond the extremes, so for five this is hardly more than their range; for fewer there is no
+    95 % interval: ValueError.
     """
     n = len(differences)
-    if n < 2:
-        raise ValueError("an interval needs at least two differences")
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * STUDENT[min(n - 2, len(STUDENT) - 1)])
+    if n < 5:
+        raise ValueError("an interval needs at least five differences")
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * STUDENT[min(n - 5, len(STUDENT) - 1)])
     values = torch.tensor(differences, dtype=torch.float64)
     draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
     means = values[draws].mean(1)
@@ -379,6 +382,7 @@ def bootstrap_interval(differences: list[float], resamples: int = 20_000) -> tup
 
 
 def verdict(low: float, high: float) -> str:
+    """Of an interval of the effect; NaN, for too few seeds, is undecided."""
     return "reproduced" if low > 0 else "opposite" if high < 0 else "undecided"
 
 
@@ -401,28 +405,35 @@ def effect(formula: str, results: dict, seed: str) -> float | None:
 
 
 def judge(results: dict) -> list[dict]:
-    """One row per claim, over the seeds for which all its runs are there."""
+    """One row per claim, over the seeds for which all its runs are there. A claim without a formula is not tested."""
     rows = []
     for number, says, formula in CLAIMS:
-        found = [value for seed in map(str, SEEDS) if (value := effect(formula, results, seed)) is not None]
-        low, high = bootstrap_interval(found) if len(found) > 1 else (math.nan, math.nan)
+        found = [value for seed in map(str, SEEDS if formula else ())
+                 if (value := effect(formula, results, seed)) is not None]
+        low, high = bootstrap_interval(found) if len(found) >= 5 else (math.nan, math.nan)
         rows.append({"claim": number, "says": says, "formula": formula, "seeds": len(found),
                      "effect": sum(found) / len(found) if found else math.nan, "low": low, "high": high,
-                     "verdict": verdict(low, high) if found else "not run"})
+                     "verdict": verdict(low, high) if formula else "not testable here"})
     return rows
 
 
 def table_of(rows: list[dict]) -> str:
-    lines = ["| | the paper's claim, as asked of the toy | effect | 95 % interval | seeds | |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| | the paper's claim, as asked of the toy | effect | 95 % interval | seeds | verdict |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        if row["seeds"]:
-            interval = f"{row['low']:+.3f} to {row['high']:+.3f}" if row["seeds"] > 1 else "-"
-            lines.append(f"| {row['claim']} | {row['says']} | {row['effect']:+.3f} | {interval} | {row['seeds']} | "
-                         f"{row['verdict']} |")
+        effect, interval = ("" if math.isnan(row["effect"]) else f"{row['effect']:+.3f}",
+                            "" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}")
+        cells = [row["claim"], row["says"], effect, interval, str(row["seeds"] or ""), row["verdict"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+
+
+def plan(names: list[str], seeds: tuple) -> list[tuple[str, int]]:
+    """Seed by seed, so that stopped halfway there are some seeds of everything. One picture is enough of "early"."""
+    return [(name, seed) for seed in seeds for name in names if name != "early" or seed == seeds[0]]
 
 
 def command_of(name: str, seed: int, folder: Path) -> list[str]:
@@ -464,7 +475,8 @@ def costs_of(told: str) -> dict:
     found = {}
     for what, key in (("step", "time"), ("peak memory", "memory")):
         for other in ("grpo", "ppo"):
-            found[f"{key}_over_{other}"] = float(re.search(rf"{what} of asyppo / (?:\w+ )?of {other}: ([\d.]+)", told)[1])
+            ratio = re.search(rf"{what} of asyppo / (?:step )?of {other}: ([\d.]+)", told)[1]
+            found[f"{key}_over_{other}"] = float(ratio)
     return found
 
 
@@ -484,11 +496,10 @@ def run(name: str, seed: int, where: Path) -> dict:
 
 
 def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> dict:
-    """Do all runs that are not in where/results.json yet, `jobs` at a time, each kept there as soon as it has ended."""
+    """Do all runs of the plan that are not in where/results.json yet, `jobs` at a time, each kept there as soon as it has ended."""
     path = where / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    todo = [(name, seed) for seed in seeds for name in names if name != "early" or seed == seeds[0]]
-    todo = [(name, seed) for name, seed in todo
+    todo = [(name, seed) for name, seed in plan(names, seeds)
             if results.get(name, {}).get(str(seed), {}).get("flags") != ALL[name]]
     models()  # made here, once, not by the first runs at the same time
     where.mkdir(parents=True, exist_ok=True)
@@ -523,17 +534,24 @@ def seeds_of(results: dict, name: str, number: str) -> list:
     return [found[number] for found in results.get(name, {}).values() if found.get(number) is not None]
 
 
+def dots_and_mean(axis, x: float, values: list[float], color: str) -> None:
+    axis.plot([x] * len(values), values, "o", color=color, alpha=0.4, markersize=4)
+    if values:
+        axis.plot([x - 0.07, x + 0.07], [sum(values) / len(values)] * 2, color=color, linewidth=2)
+
+
 def plot_curves(results: dict, path: Path) -> None:
-    """Held-out accuracy by answers generated, mean and range of the seeds, per UTD; and final accuracy by group size."""
+    """Held-out accuracy by answers generated, mean and range of the seeds, by UTD; final accuracy by group size."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     panels = figure.subplots(2, 2)
     for axis, utd in zip(panels.flat, (1, 4, 8)):
         for color, (algo, label) in enumerate(ALGORITHMS.items()):
             curves = torch.tensor(seeds_of(results, f"{algo}-utd{utd}", "curve"))  # [seeds, evaluations, 2]
             if len(curves):
-                steps, accuracy = curves[0, :, 0] * ANSWERS, curves[:, :, 1]
-                axis.plot(steps, accuracy.mean(0), color=f"C{color}", label=label)
-                axis.fill_between(steps, accuracy.amin(0), accuracy.amax(0), color=f"C{color}", alpha=0.12, linewidth=0)
+                steps, accuracy = (curves[0, :, 0] * ANSWERS).tolist(), curves[:, :, 1]
+                axis.plot(steps, accuracy.mean(0).tolist(), color=f"C{color}", label=label)
+                axis.fill_between(steps, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), color=f"C{color}",
+                                  alpha=0.12, linewidth=0)
         axis.set(title=f"every batch used {utd} times" if utd > 1 else "every batch used once", ylim=(0.2, 1),
                  xlabel="answers generated", ylabel="held-out accuracy")
         axis.grid(alpha=0.3)
@@ -543,12 +561,10 @@ def plot_curves(results: dict, path: Path) -> None:
     axis, places = panels[1, 1], {"2": "G2", "8": "utd4", "32": "G32", "8, longer\nproblems": "long"}
     for color, algo, shift in (("C0", "asyppo", -0.08), ("C3", "grpo", 0.08)):
         for x, name in enumerate(places.values()):
-            finals = seeds_of(results, f"{algo}-{name}", "final")
-            axis.plot([x + shift] * len(finals), finals, "o", color=color, alpha=0.4, markersize=4)
-            if finals:
-                axis.plot([x + shift - 0.06, x + shift + 0.06], [sum(finals) / len(finals)] * 2, color=color, linewidth=2)
+            dots_and_mean(axis, x + shift, seeds_of(results, f"{algo}-{name}", "final"), color)
         axis.plot([], [], "o", color=color, label=ALGORITHMS[algo])
-    axis.set(title="at the end, by answers per prompt (each used 4 times)", xlabel="group size", ylabel="final accuracy")
+    axis.set(title="at the end, by answers per prompt (every batch used 4 times)", ylabel="final accuracy",
+             xlabel="group size")
     axis.set_xticks(range(len(places)), places)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -562,10 +578,7 @@ def plot_values(results: dict, path: Path) -> None:
     for color, shift, number, label in (("C1", -0.12, "critic_error", "before the critics have seen the answers"),
                                         ("C0", 0.12, "fitted_error", "after: what the advantages are made of")):
         for x, name in enumerate(VARIANTS):
-            errors = seeds_of(results, f"values-{name}", number)
-            axis.plot([x + shift] * len(errors), errors, "o", color=color, alpha=0.5, markersize=4)
-            if errors:
-                axis.plot([x + shift - 0.1, x + shift + 0.1], [sum(errors) / len(errors)] * 2, color=color, linewidth=2)
+            dots_and_mean(axis, x + shift, seeds_of(results, f"values-{name}", number), color)
         axis.plot([], [], "o", color=color, label=label)
     axis.set_xticks(range(len(VARIANTS)), VARIANTS.values())
     axis.set(title="error of V_bar against the true values of the same states (root mean square); lower is better",
@@ -581,7 +594,7 @@ def plot_disagreement(results: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for color, name, label in (("C0", "values-two", "disjoint shards"), ("C1", "values-shared", "shared data")):
         for percentiles in seeds_of(results, name, "sigma_percentiles"):
-            left.plot(percentiles, torch.linspace(0, 100, 101), color=color, alpha=0.7)
+            left.plot(percentiles, range(101), color=color, alpha=0.7)
         left.plot([], [], color=color, label=label)
     left.set(title="disagreement of two critics (a line per seed)", xlabel="sigma of a token is at most",
              ylabel="of so many % of the tokens", xlim=(0, 0.2))
@@ -591,7 +604,7 @@ def plot_disagreement(results: dict, path: Path) -> None:
     if counts:
         joint = torch.tensor(counts).float().sum(0).view(10, 10)  # rows: sigma, columns: entropy, lowest tenth first
         shares = 1000 * joint / joint.sum()
-        image = right.imshow(shares, origin="lower", cmap="viridis", vmin=0)
+        image = right.imshow(shares.tolist(), origin="lower", cmap="viridis", vmin=0)
         figure.colorbar(image, ax=right, label="tokens per 1000 (10: as if independent)")
     right.set(title="sigma against entropy of the same tokens", xlabel="entropy, in tenths of the tokens",
               ylabel="sigma, in tenths of the tokens")
@@ -617,14 +630,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="toy_task.py", description="The experiment: does AsyPPO do on a toy what the "
                                      "paper says it does? Goes on where it was stopped.")
     parser.add_argument("--quick", action="store_true", help="some of the runs, one seed: ten minutes")
-    parser.add_argument("--out", type=Path, help="directory for results.json and pictures (default: figures, or "
-                                                 "runs/quick with --quick); what is in its results.json is not run again")
+    parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
+                                                 "again (default: figures, or runs/quick with --quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
     parser.add_argument("--commands", action="store_true", help="only print the command lines of all runs")
     parser.add_argument("--samples", action="store_true", help="only print some problems and demonstrations")
     given = parser.parse_args(argv)
-    out = given.out or (Path("runs/quick") if given.quick else Path(__file__).with_name("figures"))
+    out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     if given.samples:
         for sample in problems("train", 0).select(range(5)):
             print(f"problem {sample['prompt']:15s} answer {sample['answer']}   demonstration "
@@ -633,9 +646,9 @@ def main(argv: list[str] | None = None) -> int:
     names = list(TUNING) if given.tune else QUICK if given.quick else list(RUNS)
     seeds = TUNING_SEEDS if given.tune else SEEDS[:1] if given.quick else SEEDS
     if given.commands:
-        for seed in seeds:
-            for name in names:
-                print("OMP_NUM_THREADS=1 python " + " ".join(command_of(name, seed, out / "runs" / f"{name}-{seed}")[1:]))
+        for name, seed in plan(names, seeds):
+            command = command_of(name, seed, out / "runs" / f"{name}-{seed}")
+            print("OMP_NUM_THREADS=1 python " + " ".join(command[1:]))
         return 0
     if given.jobs < 1:
         print("toy_task: --jobs must be at least 1", file=sys.stderr)
@@ -659,7 +672,9 @@ def main(argv: list[str] | None = None) -> int:
         shutil.copy(early, out / "tokens.png")
     print(table_of(judge(results)))
     print(gate(results))
-    print(f"{sum(len(r) for r in results.values())} runs; see curves.png, values.png, disagreement.png and tokens.png in {out}")
+    seconds = [found["seconds"] for by_seed in results.values() for found in by_seed.values()]
+    print(f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one core; see curves.png, values.png, "
+          f"disagreement.png and tokens.png in {out}")
     return 0
 
 
