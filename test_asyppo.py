@@ -1509,7 +1509,7 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
         asyppo.check(config)
         if name not in ("cost", "early"):
             assert config.prompts_per_step * config.group_size == toy_task.ANSWERS
-            assert config.steps == (16 if "values" in name else 24 if "tune" in name else 20)
+            assert config.steps == (16 if "values" in name else 24 if "tune" in name else 48 if "longer" in name else 20)
             assert config.lr == (1e-12 if "values" in name else config.lr)
     assert set(toy_task.QUICK) <= set(toy_task.RUNS) and not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
 
