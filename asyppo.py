@@ -1304,14 +1304,16 @@ def plot_curves(rows: list[dict], path: Path) -> None:
 class TokenStory:
     """One answer of the last batch, token by token: values, disagreement, and what was masked or filtered.
 
-    Of the wrong answers (else of all), the one in which V_bar falls furthest: a mistake that the critics have seen."""
+    Of the wrong answers (else of all), if possible of those in which something was masked and something filtered, the
+    one in which V_bar falls furthest: a mistake that the critics have seen."""
 
     def __init__(self, learner: Learner):
         view = learner.view
         batch, scores, v_bar = view["batch"], view["scores"], view["v_bar"]
         falls = (v_bar.cummax(dim=1).values - v_bar) * batch.mask
         wrong = scores < scores.max()
-        row = int((falls.max(1).values + 1e3 * wrong).argmax())
+        masked, filtered = (((view[name] == 0) & batch.mask.bool()).any(1) for name in ("adv_keep", "ent_keep"))
+        row = int((falls.max(1).values + 1e2 * (masked & filtered) + 1e4 * wrong).argmax())
         length = min(int(batch.mask[row].sum()), 120)  # of a longer answer, the beginning
         answer_tokens = batch.tokens[row, batch.prompt_width:batch.prompt_width + length]
         prompt = batch.tokens[row, :batch.prompt_width][batch.attention[row, :batch.prompt_width].bool()]
@@ -1437,8 +1439,8 @@ def peak_memory(device: torch.device, run) -> float:
 
 def profile(config: Config, task, repeats: int = 5) -> None:
     """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are 0, so
-    the actors stay equal), and each one's floor right after it. Medians over the repeats; ratios within a repeat. In
-    the step before the first, peak memory is measured."""
+    the actors stay equal), and each one's floor right after it. Medians over the repeats; ratios within a repeat. Peak
+    memory is measured in a step before the first, as watching it takes time."""
     phases, learners = ("rollout", "critic", "actor"), {}
     for algo in ("asyppo", "grpo", "ppo"):
         changed = replace(config, **{**{key: getattr(Config, key) for preset in PRESETS.values() for key in preset},
@@ -1450,8 +1452,10 @@ def profile(config: Config, task, repeats: int = 5) -> None:
     times, peaks = {algo: [] for algo in learners}, {}
     for repeat in range(repeats + 1):
         for algo, learner in learners.items():
-            if repeat == 0:  # warms up, and its memory is watched, which takes time of its own
-                # The others' critics are there, too: count what this step comes to need, and what its own models keep.
+            if repeat == 0:
+                train_step(learner, step=1)  # warms up, and makes the optimizers' moments
+                learner.view = {}
+                # The others' critics are there, too: count what a step comes to need, and what its own models keep.
                 peaks[algo] = peak_memory(learner.device, lambda: train_step(learner, step=1))
                 peaks[algo] += memory_of(learner.actor, *learner.critics)
                 continue
@@ -1468,13 +1472,13 @@ def profile(config: Config, task, repeats: int = 5) -> None:
               + "".join(f"{x:9.3f}" for x in middle[4:8]) + f"   {spread(laps[:, 3] / laps[:, 7])}")
     for other in ("grpo", "ppo"):
         print(f"step of asyppo / step of {other}: " + spread(times["asyppo"][:, 3] / times[other][:, 3]))
-        print(f"peak memory of asyppo / of {other}: {peaks['asyppo'] / peaks[other]:.2f}")
+        print(f"peak memory of asyppo / of {other}: {peaks['asyppo'] / peaks[other]:.3f}")
     print("peak memory (MiB): " + ", ".join(f"{algo} {peak:,.0f}" for algo, peak in peaks.items()))
     print(f"generated tokens per second: {torch.cat([laps[:, 8] for laps in times.values()]).median():.0f}")
 
 
 def spread(ratios: torch.Tensor) -> str:
-    return f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f} in {len(ratios)} repeats)"
+    return f"{ratios.median():.3f} ({ratios.min():.2f} to {ratios.max():.2f} in {len(ratios)} repeats)"
 
 
 # --------------------------------------------------------------------------------------------------- command line

@@ -26,7 +26,9 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -253,7 +255,7 @@ def models() -> tuple[str, str]:
 
 
 # ######################################################################################################################
-# The experiment: `python toy_task.py` trains some 190 times and answers the paper's claims, one by one. What is run,
+# The experiment: `python toy_task.py` trains some 200 times and answers the paper's claims, one by one. What is run,
 # what is compared and what counts is all data, fixed before the runs. Nothing here is needed by asyppo.py.
 # ######################################################################################################################
 
@@ -277,7 +279,7 @@ def of(algo: str, flags: str) -> str:
     return f"--algo {algo} {TRAIN}{FLAGS[algo]}{TUNED}{LEAN} {flags}"
 
 
-# name: flags of asyppo.py, to which seed and directory are added
+# name: flags of asyppo.py, to which seed and directory are added; of a flag given twice the last counts
 RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for utd in (8, 4, 1) for algo in FLAGS}
 RUNS["asyppo-utd4"] += " --true-values 60"
 RUNS |= {name: of("asyppo", flags) for name, flags in {
@@ -292,8 +294,8 @@ RUNS |= {name: of("asyppo", flags) for name, flags in {
 RUNS |= {f"{algo}-{name}": of(algo, flags) for algo in ("asyppo", "grpo") for name, flags in {
     "G2": "--prompts-per-step 64 --group-size 2", "G32": "--prompts-per-step 4 --group-size 32",
     "long": "--level long",
-    # These two were added when the first seed of all others was known; no run of them was.
-    "longer": "--level long --steps 48 --eval-every 12", "slow": "--lr 3e-5"}.items()}
+    # This one was added when the first seed of all others was known; none of its own was.
+    "slow": "--lr 3e-5"}.items()}
 # Critics alone: the actor stays what it was (its learning rate is all but 0), so that every variant sees the same
 # answers, and the values can be compared with the true ones of the very same states.
 STILL = (TRAIN.replace("--steps 20", "--steps 16").replace("--eval-every 4", "--eval-every 8")
@@ -312,7 +314,10 @@ QUICK = ["asyppo-utd8", "grpo-utd8", "ppo-utd8", "naive-utd8", "no-mask-utd8", "
          "values-one", "early"]
 
 # The paper's claims: number, what it says, and the effect whose sign decides, made of RUN:NUMBER (see numbers_of).
-# Positive is what the paper says. "final" is held-out accuracy, the mean of the last two evaluations.
+# Positive is what the paper says. "final" is held-out accuracy, the mean of the last two evaluations; "fitted_error" is
+# V_bar's root mean square error against the true values after the critics' update on the very answers it is measured
+# on, which is what advantages are made of; "critic_error" the same before that update. Disjoint shards are smaller: two
+# critics take half as many steps each as one that sees everything, four a quarter.
 CLAIMS = [
     ("C1", "at UTD 8 GRPO falls further below its best than AsyPPO", "grpo-utd8:fall - asyppo-utd8:fall"),
     ("C1", "at UTD 8 AsyPPO ends above GRPO", "asyppo-utd8:final - grpo-utd8:final"),
@@ -327,7 +332,8 @@ CLAIMS = [
     ("C4", "two critics are nearer to the true values than one", "values-one:fitted_error - values-two:fitted_error"),
     ("C4", "the second critic brings more than the third and fourth",
      "values-one:fitted_error - values-two:fitted_error - values-two:fitted_error + values-four:fitted_error"),
-    ("C4", "AsyPPO ends above PPO with one mini-critic", "asyppo-utd4:final - naive-utd4:final"),
+    ("C4", "AsyPPO (with masks and bonus, too) ends above PPO with one mini-critic",
+     "asyppo-utd4:final - naive-utd4:final"),
     ("C4", "a full-size critic is nearer to the true values than one mini-critic",
      "values-one:fitted_error - values-full:fitted_error"),
     ("C5", "the mean is nearer to the true values than the minimum",
@@ -340,13 +346,13 @@ CLAIMS = [
     ("C6", "better than masking by entropy", "asyppo-utd4:final - mask-entropy:final"),
     ("C6", "control: better than a random mask of the same share", "asyppo-utd4:final - mask-random:final"),
     ("C7", "a plain entropy bonus (0.03) does harm", "no-bonus:final - bonus-plain:final"),
-    ("C7", "filtered by sigma it does less", "bonus:final - bonus-plain:final"),
-    ("C7", "filtered by sigma it helps", "bonus:final - no-bonus:final"),
+    ("C7", "the bonus filtered by sigma is better than the plain one", "bonus:final - bonus-plain:final"),
+    ("C7", "and better than none", "bonus:final - no-bonus:final"),
     ("C7", "control: better than filtered at random", "bonus:final - bonus-random:final"),
-    ("C7", "filtering too much (80 %) lowers the entropy at the end", "bonus:entropy - bonus-h80:entropy"),
-    ("C8", "of the fifth of tokens with the lowest sigma, more than half have low entropy (share minus 1/2)",
-     "values-two:low_entropy_if_low_sigma - 0.5"),
-    ("C8", "the converse holds less often (difference of the shares)",
+    ("C7", "filtering 80 % lowers the entropy at the end", "bonus:entropy - bonus-h80:entropy"),
+    ("C8", "of the fifth of tokens with the lowest sigma, more than half have low entropy (share minus 1/2; at the "
+           "starting policy)", "values-two:low_entropy_if_low_sigma - 0.5"),
+    ("C8", "the converse holds less often (difference of the shares; likewise)",
      "values-two:low_entropy_if_low_sigma - values-two:low_sigma_if_low_entropy"),
     ("C9", "a step takes less time than PPO's with a full-size critic (share saved)", "1 - cost:time_over_ppo"),
     ("C9", "a step needs less memory than PPO's (share saved)", "1 - cost:memory_over_ppo"),
@@ -358,8 +364,15 @@ CLAIMS = [
     ("more", "with groups of 2 AsyPPO ends above GRPO", "asyppo-G2:final - grpo-G2:final"),
     ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
     ("more", "on longer problems AsyPPO ends above GRPO", "asyppo-long:final - grpo-long:final"),
-    ("more", "on longer problems, after 48 iterations", "asyppo-longer:final - grpo-longer:final"),
+    # Added when some seeds were known:
     ("more", "with a third of the learning rate AsyPPO ends above GRPO", "asyppo-slow:final - grpo-slow:final"),
+    ("more", "at UTD 1 AsyPPO ends above GRPO", "asyppo-utd1:final - grpo-utd1:final"),
+    ("more", "at UTD 8 AsyPPO ends above symmetric PPO", "asyppo-utd8:final - ppo-utd8:final"),
+    ("more", "before the critics' update, too, the pretrained are nearer to the true values than the untaught",
+     "values-scratch:critic_error - values-two:critic_error"),
+    ("more", "likewise, disjoint shards nearer than shared data",
+     "values-shared:critic_error - values-two:critic_error"),
+    ("more", "likewise, two nearer than one", "values-one:critic_error - values-two:critic_error"),
 ]
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -422,9 +435,10 @@ def judge(results: dict) -> list[dict]:
 
 
 def table_of(rows: list[dict]) -> str:
+    """In Markdown. Rows of which nothing was run are left out."""
     lines = ["| | the paper's claim, as asked of the toy | effect | 95 % interval | seeds | verdict |",
              "| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
+    for row in [row for row in rows if row["seeds"] or not row["formula"]]:
         effect, interval = ("" if math.isnan(row["effect"]) else f"{row['effect']:+.3f}",
                             "" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}")
         cells = [row["claim"], row["says"], effect, interval, str(row["seeds"] or ""), row["verdict"]]
@@ -441,7 +455,7 @@ def plan(names: list[str], seeds: tuple) -> list[tuple[str, int]]:
 
 
 def command_of(name: str, seed: int, folder: Path) -> list[str]:
-    script = os.path.relpath(Path(__file__).with_name("asyppo.py"))
+    script = os.path.relpath(CACHE.with_name("asyppo.py"))
     return [sys.executable, script, *ALL[name].split(), "--seed", str(seed), "--out", str(folder)]
 
 
@@ -484,45 +498,76 @@ def costs_of(told: str) -> dict:
     return found
 
 
-def run(name: str, seed: int, where: Path) -> dict:
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # one thread each: the results depend on it
+
+
+def run(name: str, seed: int, where: Path, children: set) -> dict:
     folder, started = where / "runs" / f"{name}-{seed}", time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-    # One thread each, two at a time, is faster than one after the other with two; and the results depend on it.
-    process = subprocess.run(command_of(name, seed, folder), capture_output=True, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    process = subprocess.Popen(command_of(name, seed, folder), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "false"})
+    children.add(process)
+    told, complaint = process.communicate()
+    children.discard(process)
     if process.returncode:
-        said = process.stderr.strip().splitlines() or ["without a word"]
+        said = complaint.strip().splitlines() or ["without a word"]
         raise RuntimeError(f"{name}, seed {seed}, ended with code {process.returncode}: {said[-1]}")
-    numbers = costs_of(process.stdout) if name == "cost" else numbers_of(folder)
+    numbers = costs_of(told) if name == "cost" else numbers_of(folder)
     for weights in [*folder.glob("**/model.safetensors"), *folder.glob("checkpoint.pt")]:
         weights.unlink()  # 200 runs take 2 GB, otherwise
     return {"flags": ALL[name], "seconds": round(time.perf_counter() - started, 1)} | numbers
 
 
-def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> dict:
-    """Do all runs of the plan that are not in where/results.json yet, `jobs` at a time; each is kept there at once."""
-    path = where / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    todo = [(name, seed) for name, seed in plan(names, seeds)
-            if results.get(name, {}).get(str(seed), {}).get("flags") != ALL[name]]
+def load_results(path: Path) -> dict:
+    """{run: {seed: numbers}}; what was run with other flags than today's is left out."""
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        return {name: {seed: found for seed, found in by_seed.items() if found["flags"] == ALL.get(name)}
+                for name, by_seed in results.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} does not hold this experiment's results; move it away or give another --out")
+
+
+def save_results(results: dict, path: Path) -> None:
+    lines = [f"{json.dumps(name)}: {json.dumps(by_seed)}" for name, by_seed in sorted(results.items()) if by_seed]
+    beside = path.with_suffix(".unfinished")
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(beside, path)
+
+
+def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[dict, list[str]]:
+    """Do all runs of the plan that are not in where/results.json yet, `jobs` at a time; each is kept there at once.
+    Returns the results and what was said of runs that failed."""
+    path, failed, children = where / "results.json", [], set()
+    results = load_results(path)
+    todo = [(name, seed) for name, seed in plan(names, seeds) if str(seed) not in results.get(name, {})]
+    if not todo:
+        print(f"all runs are in {path} already; to run them again, give another --out")
+        return results, failed
     models()  # made here, once, not by the first runs at the same time
     where.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), desc="runs", smoothing=0.1) as bar:
-        waiting = {pool.submit(run, name, seed, where): (name, seed) for name, seed in todo}
-        try:
-            for done in as_completed(waiting):
-                name, seed = waiting[done]
-                results.setdefault(name, {})[str(seed)] = done.result()
-                beside = path.with_suffix(".unfinished")
-                lines = [f"{json.dumps(name)}: {json.dumps(by_seed)}" for name, by_seed in sorted(results.items())]
-                beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-                os.replace(beside, path)
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
+    # Timings are taken last, with nothing beside them.
+    timed, others = [[pair for pair in todo if (pair[0] == "cost") == is_timed] for is_timed in (True, False)]
+    with tqdm(total=len(todo), desc="runs", smoothing=0.1) as bar:
+        for pairs, at_once in ((others, jobs), (timed, 1)):
+            with ThreadPoolExecutor(at_once) as pool:
+                waiting = {pool.submit(run, name, seed, where, children): (name, seed) for name, seed in pairs}
+                try:
+                    for done in as_completed(waiting):
+                        name, seed = waiting[done]
+                        try:
+                            results.setdefault(name, {})[str(seed)] = done.result()
+                            save_results(results, path)
+                        except RuntimeError as error:
+                            failed.append(str(error))
+                        bar.set_postfix_str(f"{name}, seed {seed}")
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in list(children):
+                        process.terminate()
+                    raise
+    return results, failed
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -559,16 +604,15 @@ def plot_curves(results: dict, path: Path) -> None:
         axis.set(title=f"every batch used {utd} times" if utd > 1 else "every batch used once", ylim=(0.2, 1),
                  xlabel="answers generated", ylabel="held-out accuracy")
         axis.grid(alpha=0.3)
-    handles, labels = panels[1, 0].get_legend_handles_labels()
-    if handles:
-        panels[1, 0].legend(loc="lower right")
-    axis, places = panels[1, 1], {"2": "G2", "8": "utd4", "32": "G32", "8, longer\nproblems": "long"}
+    panels[0, 0].legend(loc="lower right")
+    figure.suptitle("lines: mean of the seeds; bands: their range", fontsize=10)
+    axis, places = panels[1, 1], {"G = 8": "utd4", "G = 2": "G2", "G = 32": "G32", "longer\nproblems": "long",
+                                  "lr 3e-5": "slow"}
     for color, algo, shift in (("C0", "asyppo", -0.08), ("C3", "grpo", 0.08)):
         for x, name in enumerate(places.values()):
             dots_and_mean(axis, x + shift, seeds_of(results, f"{algo}-{name}", "final"), color)
         axis.plot([], [], "o", color=color, label=ALGORITHMS[algo])
-    axis.set(title="at the end, by answers per prompt (every batch used 4 times)", ylabel="final accuracy",
-             xlabel="group size")
+    axis.set(title="at the end, every batch used 4 times, in other regimes (G: group size)", ylabel="final accuracy")
     axis.set_xticks(range(len(places)), places)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -584,9 +628,14 @@ def plot_values(results: dict, path: Path) -> None:
         for x, name in enumerate(VARIANTS):
             dots_and_mean(axis, x + shift, seeds_of(results, f"values-{name}", number), color)
         axis.plot([], [], "o", color=color, label=label)
+    # Of a constant: from error^2 = (true - critic share explained) * variance, and the constant's share, which is 0.
+    known = [seeds_of(results, "values-two", key) for key in ("critic_error", "true_explained", "critic_explained")]
+    blind = [error * math.sqrt(true / (true - critic)) for error, true, critic in zip(*known) if true > critic]
+    if blind:
+        axis.axhline(sum(blind) / len(blind), color="gray", linestyle=":", label="a constant (the mean return)")
     axis.set_xticks(range(len(VARIANTS)), VARIANTS.values())
     axis.set(title="error of V_bar against the true values of the same states (root mean square); lower is better",
-             ylabel="error")
+             ylabel="error", ylim=(0, None))
     axis.grid(alpha=0.3, axis="y")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -619,21 +668,22 @@ def plot_disagreement(results: dict, path: Path) -> None:
 
 
 def gate(results: dict) -> str:
-    """Does the toy test the paper at all? What true values and critics explain of the return's variance."""
-    lines = []
-    for name, where in (("values-two", "starting policy"), ("asyppo-utd4", "while it learns"),
-                        ("values-scratch", "starting policy, critics not pretrained")):
+    """Does the toy test the paper at all? True values should explain 0.4 of the return's variance, the mini-critics,
+    before they have seen the answers, half of what the true values do, and more than untaught ones."""
+    lines = ["| | true values explain | mini-critics | share |", "| --- | --- | --- | --- |"]
+    for name, where in (("values-two", "starting policy"), ("values-scratch", "starting policy, untaught mini-critics"),
+                        ("asyppo-utd4", "while it learns, UTD 4")):
         truth, critics = (seeds_of(results, name, key) for key in ("true_explained", "critic_explained"))
-        if truth:
-            lines.append(f"{where}: true values explain {sum(truth) / len(truth):.2f} of the return's variance, "
-                         f"mini-critics {sum(critics) / len(critics):.2f}")
+        if truth and critics:
+            truth, critics = sum(truth) / len(truth), sum(critics) / len(critics)
+            lines.append(f"| {where} | {truth:.2f} | {critics:.2f} | {critics / truth:.0%} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="toy_task.py", description="The experiment: does AsyPPO do on a toy what the "
                                      "paper says it does? Goes on where it was stopped.")
-    parser.add_argument("--quick", action="store_true", help="some of the runs, one seed: ten minutes")
+    parser.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
@@ -651,36 +701,40 @@ def main(argv: list[str] | None = None) -> int:
     seeds = TUNING_SEEDS if given.tune else SEEDS[:1] if given.quick else SEEDS
     if given.commands:
         for name, seed in plan(names, seeds):
-            command = command_of(name, seed, out / "runs" / f"{name}-{seed}")
-            print("OMP_NUM_THREADS=1 python " + " ".join(command[1:]))
+            command = command_of(name, seed, Path("runs/by-hand") / f"{name}-{seed}")
+            print(" ".join(f"{key}={value}" for key, value in ENVIRONMENT.items()), "python", shlex.join(command[1:]))
         return 0
     if given.jobs < 1:
         print("toy_task: --jobs must be at least 1", file=sys.stderr)
         return 2
     try:
-        results = experiment(out, names, seeds, given.jobs)
-    except (RuntimeError, OSError, ValueError) as error:
-        print(f"toy_task: {error}; what has been done is kept, the same command goes on", file=sys.stderr)
+        results, failed = experiment(out, names, seeds, given.jobs)
+    except (OSError, ValueError) as error:
+        print(f"toy_task: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("toy_task: stopped; the same command goes on", file=sys.stderr)
         return 130
+    for complaint in failed:
+        print(f"toy_task: {complaint}", file=sys.stderr)
     if given.tune:
         for name in names:
             print(f"{name:36s} final accuracy " + " ".join(f"{x:.3f}" for x in seeds_of(results, name, "final")))
-        return 0
+        return 2 if failed else 0
     plot_curves(results, out / "curves.png")
     plot_values(results, out / "values.png")
     plot_disagreement(results, out / "disagreement.png")
     if (early := out / "runs" / f"early-{seeds[0]}" / "tokens.png").exists():
         shutil.copy(early, out / "tokens.png")
-    print(table_of(judge(results)))
-    print(gate(results))
+    print(table_of(judge(results)), gate(results), sep="\n\n")
+    if given.quick:
+        print("\none seed: no interval, nothing is decided")
     seconds = [found["seconds"] for by_seed in results.values() for found in by_seed.values()]
     print(f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one core; see curves.png, values.png, "
           f"disagreement.png and tokens.png in {out}")
-    return 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: stops what it has started
     sys.exit(main())
