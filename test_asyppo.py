@@ -914,7 +914,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--model", "no/such-model"], "there is no such directory, and no model no/such-model could be had"),
     (["--model", "./no_such_directory"], "--model ./no_such_directory: there is no such directory"),
     (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: there is no such directory"),
-    (["--level", "9"], "there is no level '9'; there are symbols, 1, 2"),
+    (["--level", "9"], "there is no level '9'; there are symbols, long, 1, 2"),
     (["--task", "no_such_task.py"], "--task no_such_task.py: no such file"),
     (["--max-new-tokens", "300"], "exceeds the model's context of 256"),
     (["--prompts-per-step", "5000"], "has 4096 rows, but 5000 are needed"),
@@ -1606,10 +1606,13 @@ def test_a_stopped_experiment_stops_its_runs_and_keeps_what_is_done(short_experi
         child = subprocess.Popen(["sleep", "60"])
         children.add(child)
         started.append(child)
-        raise KeyboardInterrupt if name == "grpo-utd8" else RuntimeError
+        if name == "grpo-utd8":
+            raise KeyboardInterrupt
+        child.wait()
+        raise RuntimeError
 
     monkeypatch.setattr(toy_task, "run", run)
-    assert toy_task.main(["--quick", "--out", str(tmp_path), "--jobs", "1"]) == 130
+    assert toy_task.main(["--quick", "--out", str(tmp_path), "--jobs", "2"]) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
     assert started and all(child.wait(10) == -signal.SIGTERM for child in started)
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"asyppo-utd8"}

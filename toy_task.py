@@ -565,8 +565,12 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
                         bar.update()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    for process in list(children):
-                        process.terminate()
+                    while True:
+                        for process in list(children):
+                            process.terminate()
+                        if all(future.done() for future in waiting):
+                            break
+                        time.sleep(0.1)  # one may have been about to start
                     raise
     return results, failed
 
