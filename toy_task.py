@@ -601,15 +601,16 @@ def plot_curves(results: dict, path: Path) -> None:
     for axis, utd in zip(panels.flat, (1, 4, 8)):
         for color, (algo, label) in enumerate(ALGORITHMS.items()):
             curves = torch.tensor(seeds_of(results, f"{algo}-utd{utd}", "curve"))  # [seeds, evaluations, 2]
+            axis.plot([], [], color=f"C{color}", label=label)
             if len(curves):
                 steps, accuracy = (curves[0, :, 0] * ANSWERS).tolist(), curves[:, :, 1]
-                axis.plot(steps, accuracy.mean(0).tolist(), color=f"C{color}", label=label)
+                axis.plot(steps, accuracy.mean(0).tolist(), color=f"C{color}")
                 axis.fill_between(steps, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), color=f"C{color}",
                                   alpha=0.12, linewidth=0)
         axis.set(title=f"every batch used {utd} times" if utd > 1 else "every batch used once", ylim=(0.2, 1),
                  xlabel="answers generated", ylabel="held-out accuracy")
         axis.grid(alpha=0.3)
-    panels[0, 0].legend(loc="lower right")
+    panels[1, 0].legend(loc="lower right")
     figure.suptitle("lines: mean of the seeds; bands: their range", fontsize=10)
     axis, places = panels[1, 1], {"G = 8": "utd4", "G = 2": "G2", "G = 32": "G32", "longer\nproblems": "long",
                                   "lr 3e-5": "slow"}
