@@ -1255,11 +1255,10 @@ def save(learner: Learner, out: Path) -> None:
             critic.backbone.save_pretrained(out / f"critic_{m}")
             save_file({k: v.detach().cpu() for k, v in critic.head.state_dict().items()},
                       out / f"critic_{m}" / "value_head.safetensors")
-        view = dict(learner.view)
-        batch = view.pop("batch")
-        save_file({k: v.cpu().contiguous() for k, v in view.items()} | {
-            "answers": batch.tokens[:, batch.prompt_width:].cpu().contiguous(), "mask": batch.mask.cpu().contiguous(),
-            "entropy": batch.entropy.cpu().contiguous()}, out / "last_batch.safetensors")
+        tensors = dict(learner.view)
+        batch = tensors.pop("batch")
+        tensors |= {"answers": batch.tokens[:, batch.prompt_width:], "mask": batch.mask, "entropy": batch.entropy}
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, out / "last_batch.safetensors")
     except Exception as error:  # on a full disk safetensors and tokenizers raise errors of their own
         raise OSError(f"the trained models could not be saved to {out} ({first_line(error)})")
 

@@ -405,7 +405,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def effect(formula: str, results: dict, seed: str) -> float | None:
-    """The value of RUN:NUMBER terms, constants and + - / (products first), for one seed; None if a run is missing.
+    """The value of RUN:NUMBER terms, constants and + - / (quotients first), for one seed; None if a run is missing.
     effect("1 - a:x / b:x", {"a": {"1": {"x": 1}}, "b": {"1": {"x": 4}}}, "1") == 0.75"""
     total, sign, quotient, divide = 0.0, 1.0, None, False
     for word in [*formula.split(), "+"]:
@@ -444,6 +444,24 @@ def table_of(rows: list[dict]) -> str:
                             "" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}")
         cells = [row["claim"], row["says"], effect, interval, str(row["seeds"] or ""), row["verdict"]]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seeds_of(results: dict, name: str, number: str) -> list:
+    """A number of a run, for every seed that ran."""
+    return [found[number] for found in results.get(name, {}).values() if found.get(number) is not None]
+
+
+def gate(results: dict) -> str:
+    """Does the toy test the paper at all? True values should explain 0.4 of the return's variance, the mini-critics,
+    before they have seen the answers, half of what the true values do, and more than untaught ones."""
+    lines = ["| | true values explain | mini-critics | share |", "| --- | --- | --- | --- |"]
+    for name, where in (("values-two", "starting policy"), ("values-scratch", "starting policy, untaught mini-critics"),
+                        ("asyppo-utd4", "while it learns, UTD 4")):
+        truth, critics = (seeds_of(results, name, key) for key in ("true_explained", "critic_explained"))
+        if truth and critics:
+            truth, critics = sum(truth) / len(truth), sum(critics) / len(critics)
+            lines.append(f"| {where} | {truth:.2f} | {critics:.2f} | {critics / truth:.0%} |")
     return "\n".join(lines)
 
 
@@ -583,11 +601,6 @@ VARIANTS = {"scratch": "two, not pretrained", "one": "one", "shared": "two, same
             "min": "two, minimum", "four": "four, disjoint", "full": "one, full size"}
 
 
-def seeds_of(results: dict, name: str, number: str) -> list:
-    """A number of a run, for every seed that ran."""
-    return [found[number] for found in results.get(name, {}).values() if found.get(number) is not None]
-
-
 def dots_and_mean(axis, x: float, values: list[float], color: str) -> None:
     axis.plot([x] * len(values), values, "o", color=color, alpha=0.4, markersize=4)
     if values:
@@ -595,7 +608,7 @@ def dots_and_mean(axis, x: float, values: list[float], color: str) -> None:
 
 
 def plot_curves(results: dict, path: Path) -> None:
-    """Held-out accuracy by answers generated, mean and range of the seeds, by UTD; final accuracy by group size."""
+    """Held-out accuracy by answers generated, mean and range of the seeds, by UTD; its end in other regimes."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     panels = figure.subplots(2, 2)
     for axis, utd in zip(panels.flat, (1, 4, 8)):
@@ -671,19 +684,6 @@ def plot_disagreement(results: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
-
-
-def gate(results: dict) -> str:
-    """Does the toy test the paper at all? True values should explain 0.4 of the return's variance, the mini-critics,
-    before they have seen the answers, half of what the true values do, and more than untaught ones."""
-    lines = ["| | true values explain | mini-critics | share |", "| --- | --- | --- | --- |"]
-    for name, where in (("values-two", "starting policy"), ("values-scratch", "starting policy, untaught mini-critics"),
-                        ("asyppo-utd4", "while it learns, UTD 4")):
-        truth, critics = (seeds_of(results, name, key) for key in ("true_explained", "critic_explained"))
-        if truth and critics:
-            truth, critics = sum(truth) / len(truth), sum(critics) / len(critics)
-            lines.append(f"| {where} | {truth:.2f} | {critics:.2f} | {critics / truth:.0%} |")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
