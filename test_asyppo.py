@@ -1513,8 +1513,9 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
         config = asyppo.parse(flags.split())
         asyppo.check(config)
         if name not in ("cost", "early"):
-            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS
-            assert config.steps == (16 if "values" in name else 24 if "tune" in name else 20)
+            few = re.search("fast|values|tune", name)  # half as many answers, more often
+            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS // (2 if few else 1)
+            assert config.steps == (20 if "fast" in name else 24 if "tune" in name else 16)
             assert "values" not in name or config.lr == 1e-12
     assert set(toy_task.QUICK) <= set(toy_task.RUNS) and not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
 

@@ -377,6 +377,8 @@ CLAIMS = [
     ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
     ("more", "at UTD 1 AsyPPO ends above GRPO", "asyppo-utd1:final - grpo-utd1:final"),
     ("more", "at UTD 8 AsyPPO ends above symmetric PPO", "asyppo-utd8:final - ppo-utd8:final"),
+    ("more", "at UTD 4 symmetric PPO ends above GRPO", "ppo-utd4:final - grpo-utd4:final"),
+    ("more", "at UTD 8 symmetric PPO ends above GRPO", "ppo-utd8:final - grpo-utd8:final"),
     ("more", "fast policy: at UTD 1 AsyPPO ends above GRPO", "asyppo-fast-utd1:final - grpo-fast-utd1:final"),
     ("more", "fast policy: at UTD 4", "asyppo-fast-utd4:final - grpo-fast-utd4:final"),
     ("more", "fast policy: at UTD 8", "asyppo-fast-utd8:final - grpo-fast-utd8:final"),
@@ -641,13 +643,16 @@ def plot_curves(results: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     panels[1, 0].legend(loc="lower right")
     figure.suptitle("lines: mean of the seeds; bands: their range", fontsize=10)
-    axis, places = panels[1, 1], {"G = 8": "utd4", "G = 2": "G2", "G = 32": "G32", "longer\nproblems": "long",
-                                  "lr 3e-5": "slow"}
+    axis, places = panels[1, 1], {"4 times": "utd4", "G = 32": "G32", "fast,\nonce": "fast-utd1",
+                                  "fast,\n4 times": "fast-utd4", "fast,\n8 times": "fast-utd8",
+                                  "fast,\nG = 2": "fast-G2", "fast,\nG = 32": "fast-G32",
+                                  "fast,\nlonger\nproblems": "fast-long"}
     for color, algo, shift in (("C0", "asyppo", -0.08), ("C3", "grpo", 0.08)):
         for x, name in enumerate(places.values()):
             dots_and_mean(axis, x + shift, seeds_of(results, f"{algo}-{name}", "final"), color)
         axis.plot([], [], "o", color=color, label=ALGORITHMS[algo])
-    axis.set(title="at the end, used 4 times; G: answers per prompt", ylabel="final accuracy")
+    axis.set(title="at the end, here and with a fast policy (lr 1e-4)\nG: answers per prompt, 8 if not said",
+             ylabel="final accuracy")
     axis.set_xticks(range(len(places)), places)
     axis.grid(alpha=0.3)
     axis.legend()
