@@ -364,7 +364,7 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
         leaves = [dirty[k].requires_grad_() for k in ("logprobs", "entropy")]
         loss, stats = asyppo.policy_loss(**dirty)
         loss.backward()
-        assert float(loss) == pytest.approx(float(clean)) and all(leaf.grad.isfinite().all() for leaf in leaves)
+        assert loss.item() == pytest.approx(clean.item()) and all(leaf.grad.isfinite().all() for leaf in leaves)
         assert all(math.isfinite(float(v)) for v in stats.values())
     empty = {k: torch.cat([v, torch.zeros(1, 9)]) if torch.is_tensor(v) else v for k, v in inputs.items()}
     assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
