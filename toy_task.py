@@ -255,7 +255,7 @@ def models() -> tuple[str, str]:
 
 
 # ######################################################################################################################
-# The experiment: `python toy_task.py` trains some 250 times and answers the paper's claims, one by one. What is run,
+# The experiment: `python toy_task.py` trains some 240 times and answers the paper's claims, one by one. What is run,
 # what is compared and what counts is all data, fixed before the runs unless it says otherwise. Nothing here is needed
 # by asyppo.py.
 # ######################################################################################################################
