@@ -1515,7 +1515,7 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
         asyppo.check(config)
         if name not in ("cost", "early"):
             assert config.prompts_per_step * config.group_size == toy_task.ANSWERS and config.critic_warmup == 0
-            assert config.steps == (8 if "values" in name else 16)
+            assert config.steps == (8 if "values" in name else 12)
             lrs = {"fast": 1e-4, "strained": 3e-4, "values": 1e-12}
             assert "tune" in name or config.lr == next((lr for part, lr in lrs.items() if part in name), 3e-5)
     assert set(toy_task.QUICK) <= set(toy_task.RUNS) and not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)

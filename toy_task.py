@@ -262,11 +262,11 @@ def models() -> tuple[str, str]:
 
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 
-# Every algorithm samples 256 answers in each of 16 iterations, and learns from the first on. (Critic warm-up was tried
+# Every algorithm samples 256 answers in each of 12 iterations, and learns from the first on. (Critic warm-up was tried
 # on seed 100: it costs AsyPPO as many iterations as it has, and brings nothing.) The critics' flags were chosen on
 # seeds 99 and 100 by how much of the true values they foretell; a full-size critic bears no more than 3e-4.
 ANSWERS = 256
-TRAIN = "--steps 16 --prompts-per-step 32 --eval-every 4 --critic-warmup 0 --critic-batch 8 --critic-epochs 3"
+TRAIN = "--steps 12 --prompts-per-step 32 --eval-every 3 --critic-warmup 0 --critic-batch 8 --critic-epochs 3"
 CRITIC = {"asyppo": " --critic-lr 2e-3", "grpo": "", "ppo": " --critic-lr 3e-4", "naive": " --critic-lr 2e-3"}
 LEAN = " --micro-batch-tokens 1024 --checkpoint-every 0"  # changes no result, only the speed
 
@@ -302,13 +302,13 @@ RUNS |= {name: of("asyppo", flags) for name, flags in {
 # As many answers in smaller and larger groups.
 RUNS |= {f"{algo}-G{G}": of(algo, f"--prompts-per-step {ANSWERS // G} --group-size {G}")
          for algo, G in (("asyppo", 2), ("grpo", 2), ("ppo", 2), ("asyppo", 32), ("grpo", 32))}
-# A fast policy: the learning rate that ends best. And a strained one, which falls back again and again, looked at twice
-# as often.
+# A fast policy: the learning rate that ends best. And a strained one, which falls back again and again, looked at more
+# often.
 RUNS |= {f"{algo}-fast": of(algo, "--true-values 150" * (algo == "asyppo"), FAST) for algo in ("asyppo", "grpo", "ppo")}
 RUNS |= {f"{algo}-strained": of(algo, "--utd 8 --eval-every 2", " --lr 3e-4") for algo in ("asyppo", "grpo")}
 # Critics alone: the actor stays what it was (its learning rate is all but 0), so that every variant sees the same
 # answers, and the values can be compared with the true ones of the very same states.
-STILL = " --steps 8 --utd 1 --eval-problems 1 --true-values 200"
+STILL = " --steps 8 --utd 1 --eval-every 4 --eval-problems 1 --true-values 200"
 RUNS |= {f"values-{name}": of(algo, flags + STILL, " --lr 1e-12") for name, algo, flags in [
     ("two", "asyppo", ""), ("shared", "asyppo", "--shared-data"), ("one", "naive", ""), ("full", "ppo", ""),
     ("four", "asyppo", "--critics 4"), ("min", "asyppo", "--aggregate min"), ("scratch", "asyppo", "--critic-scratch")]}
