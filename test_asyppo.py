@@ -1514,7 +1514,8 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
         config = asyppo.parse(flags.split())
         asyppo.check(config)
         if name not in ("cost", "early"):
-            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS and config.critic_warmup == 0
+            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS
+            assert config.critic_warmup == 2 * (name == "warmup")
             assert config.steps == (8 if "values" in name else 12)
             lrs = {"fast": 1e-4, "strained": 3e-4, "values": 1e-12}
             assert "tune" in name or config.lr == next((lr for part, lr in lrs.items() if part in name), 3e-5)
@@ -1525,7 +1526,7 @@ NAMED = {  # what sets a run apart from AsyPPO's, or from one mini-critic's, is 
     "no-mask": {"mask_k"}, "mask-": {"mask_by"}, "no-bonus": {"entropy_coef"}, "bonus-plain": {"entropy_coef", "filter_h"},
     "bonus-random": {"entropy_coef", "filter_by"}, "bonus-h80": {"entropy_coef", "filter_h"}, "bonus": {"entropy_coef"},
     "G": {"group_size", "prompts_per_step"}, "min": {"aggregate"}, "utd": {"utd"},
-    "scratch": {"critic_scratch"}, "shared": {"shared_data"}, "four": {"critics"},
+    "scratch": {"critic_scratch"}, "shared": {"shared_data"}, "warmup": {"critic_warmup"}, "four": {"critics"},
 }
 WATCHING = {"true_values"}
 

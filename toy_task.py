@@ -291,7 +291,7 @@ RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for algo, utds in {
     "asyppo": (8, 4, 1), "grpo": (8, 4, 1), "ppo": (8, 4), "naive": (4,)}.items() for utd in utds}
 RUNS["asyppo-utd4"] += " --true-values 150"
 RUNS |= {name: of("asyppo", flags) for name, flags in {
-    "shared": "--shared-data", "min": "--aggregate min", "scratch": "--critic-scratch --true-values 150",
+    "warmup": "--critic-warmup 2", "shared": "--shared-data", "min": "--aggregate min", "scratch": "--critic-scratch --true-values 150",
     "no-mask-utd1": "--utd 1 --mask-k 0", "no-mask-utd4": "--mask-k 0", "no-mask-utd8": "--utd 8 --mask-k 0",
     "mask-entropy": "--mask-by entropy", "mask-random": "--mask-by random",
     # The bonus three times as strong as by default, so that there is something to see.
@@ -368,6 +368,7 @@ CLAIMS = [
      "asyppo-utd4:final - ppo-utd4:final"),
     ("C10", "groups of 32 end above groups of 8", "asyppo-G32:final - asyppo-utd4:final"),
     ("C10", "with answers of thousands of tokens, on competition mathematics", ""),
+    ("more", "two iterations of critic warm-up, of the twelve, do harm", "asyppo-utd4:final - warmup:final"),
     ("more", "with groups of 2 AsyPPO ends above GRPO", "asyppo-G2:final - grpo-G2:final"),
     ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
     ("more", "crossover: AsyPPO gains more on GRPO with groups of 2 than of 8",
