@@ -291,7 +291,8 @@ RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for algo, utds in {
     "asyppo": (8, 4, 1), "grpo": (8, 4, 1), "ppo": (8, 4), "naive": (4,)}.items() for utd in utds}
 RUNS["asyppo-utd4"] += " --true-values 150"
 RUNS |= {name: of("asyppo", flags) for name, flags in {
-    "warmup": "--critic-warmup 2", "shared": "--shared-data", "min": "--aggregate min", "scratch": "--critic-scratch --true-values 150",
+    "shared": "--shared-data", "min": "--aggregate min", "scratch": "--critic-scratch --true-values 150",
+    "warmup": "--critic-warmup 2",
     "no-mask-utd1": "--utd 1 --mask-k 0", "no-mask-utd4": "--mask-k 0", "no-mask-utd8": "--utd 8 --mask-k 0",
     "mask-entropy": "--mask-by entropy", "mask-random": "--mask-by random",
     # The bonus three times as strong as by default, so that there is something to see.
