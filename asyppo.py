@@ -108,8 +108,7 @@ class Config:
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
     # (critic_lam 1), which no critic's error can bias. 3e-3 suits the toy's mini-critics of 61,000 parameters, which
-    # have four iterations of warm-up to learn an output they never had. (A caution: the experiment in README.md
-    # tries without.)
+    # have four iterations of warm-up to learn an output they never had. (The experiment in README.md does without.)
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_size: str = option("mini", "actor: a critic as large as the actor, from the actor's checkpoint",
                               choices=["mini", "actor"])

@@ -1517,13 +1517,20 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
             assert config.prompts_per_step * config.group_size == toy_task.ANSWERS
             assert config.critic_warmup == 2 * (name == "warmup")
             assert config.steps == (8 if "values" in name else 12)
+            said = dict(re.findall(r"(utd|G)(\d+)", name))
+            assert config.utd == int(said.get("utd", 8 if "strained" in name else 1 if "values" in name else 4))
+            assert config.group_size == int(said.get("G", 8))
+            assert config.lam == (1 if re.search("fast|strained", name) else 0.95) or "tune" in name
             lrs = {"fast": 1e-4, "strained": 3e-4, "values": 1e-12}
             assert "tune" in name or config.lr == next((lr for part, lr in lrs.items() if part in name), 3e-5)
-    assert set(toy_task.QUICK) <= set(toy_task.RUNS) and not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
+    shown = [f"{algo}-{place}" for algo in ("asyppo", "grpo") for place in toy_task.PLACES] + [*toy_task.GATE]
+    assert {*toy_task.QUICK, *shown, *(f"values-{variant}" for variant in toy_task.VARIANTS)} <= set(toy_task.RUNS)
+    assert not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
 
 
 NAMED = {  # what sets a run apart from AsyPPO's, or from one mini-critic's, is what its name says
-    "no-mask": {"mask_k"}, "mask-": {"mask_by"}, "no-bonus": {"entropy_coef"}, "bonus-plain": {"entropy_coef", "filter_h"},
+    "no-mask": {"mask_k"}, "mask-entropy": {"mask_by"}, "mask-random": {"mask_by"},
+    "no-bonus": {"entropy_coef"}, "bonus-plain": {"entropy_coef", "filter_h"},
     "bonus-random": {"entropy_coef", "filter_by"}, "bonus-h80": {"entropy_coef", "filter_h"}, "bonus": {"entropy_coef"},
     "G": {"group_size", "prompts_per_step"}, "min": {"aggregate"}, "utd": {"utd"},
     "scratch": {"critic_scratch"}, "shared": {"shared_data"}, "warmup": {"critic_warmup"}, "four": {"critics"},
@@ -1532,7 +1539,7 @@ WATCHING = {"true_values"}
 
 
 def test_runs_that_a_claim_compares_differ_in_what_it_names_alone():
-    algorithms = {field for preset in asyppo.PRESETS.values() for field in preset} | {"algo", "out", "lam", "critic_lr"}
+    algorithms = {field for preset in asyppo.PRESETS.values() for field in preset} | {"algo", "out", "critic_lr"}
     compared = 0
     for _, says, formula in toy_task.CLAIMS:
         runs = list(dict.fromkeys(re.findall(r"([\w-]+):\w+", formula)))
