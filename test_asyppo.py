@@ -1598,10 +1598,13 @@ def test_the_gate_by_hand():
 def test_the_lead_is_drawn_pair_by_pair(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(toy_task, "dots_and_mean", lambda axis, x, values, color: drawn.update({x: values}))
+    curve = [[0, 0.3], [4, 0.5]]
     results = {"asyppo-G2": {"1": {"final": 0.9}, "2": {"final": 0.8}}, "grpo-G2": {"1": {"final": 0.8}, "3": {"final": 0.1}},
-               "asyppo-utd4": {"2": {"final": 0.5, "curve": [[0, 0.3], [4, 0.5]]}}, "grpo-utd4": {"2": {"final": 0.75}}}
+               "asyppo-utd4": {"2": {"final": 0.5, "curve": curve}}, "ppo-utd4": {"2": {"final": 0.25, "curve": curve}},
+               "grpo-utd4": {"2": {"final": 0.75}}}
     toy_task.plot_curves(results, tmp_path / "curves.png")
-    assert drawn[0] == [pytest.approx(0.1)] and drawn[1] == [-0.25] and not drawn[2] and (tmp_path / "curves.png").exists()
+    assert drawn[-0.12] == [pytest.approx(0.1)] and drawn[0.88] == [-0.25] and drawn[1.12] == [-0.5]
+    assert sum(map(len, drawn.values())) == 3 and (tmp_path / "curves.png").exists()
 
 
 SHORT = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-every 1 --eval-problems 8 --max-new-tokens 12"

@@ -256,8 +256,9 @@ def models() -> tuple[str, str]:
 
 # ######################################################################################################################
 # The experiment: `python toy_task.py` trains some 200 times and answers the paper's claims, one by one. What is run,
-# what is compared and what counts is all data, fixed before these runs (but for one row), though after two earlier
-# versions of the experiment, whose runs are kept as first-... and second-... Nothing here is needed by asyppo.py.
+# what is compared and what counts is all data, fixed before these runs (but for rows named "later"), though after two
+# earlier versions of the experiment, whose runs are kept as first-... and second-... Nothing here is needed by
+# asyppo.py.
 # ######################################################################################################################
 
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
@@ -321,11 +322,11 @@ QUICK = ["asyppo-utd8", "grpo-utd8", "ppo-utd8", "no-mask-utd8", "asyppo-utd4", 
          "values-two", "values-shared", "values-one", "early"]
 
 # The paper's claims: number, what it says, and the effect whose sign decides, made of RUN:NUMBER (see numbers_of) and
-# computed for each seed. Positive: as the paper says, or, in rows named "more", as the sentence does. "final" is
-# held-out accuracy, the mean of the last two evaluations; "fitted_error" is V_bar's root mean square distance from the
-# true values after the critics were trained on these very answers, as the advantages use it; "critic_error" the same
-# before; "fall" is the deepest fall below the best evaluation so far. With disjoint shards each of M critics sees 1/M
-# of the answers, and so makes 1/M of the steps.
+# computed for each seed. Positive: as the paper says, or, in rows named "more" and "later", as the sentence does.
+# "final" is held-out accuracy, the mean of the last two evaluations; "fall" its deepest fall below the best so far;
+# "fitted_error" V_bar's root mean square distance from the true values after the critics were trained on these very
+# answers, as the advantages use it; "critic_error" the same before. With disjoint shards each of M critics sees 1/M of
+# the answers, and so makes 1/M of the steps.
 CLAIMS = [
     ("C1", "at UTD 8 AsyPPO ends above GRPO", "asyppo-utd8:final - grpo-utd8:final"),
     ("C1", "strained (UTD 8, lr 3e-4, lambda 1), GRPO falls further below its best than AsyPPO",
@@ -378,8 +379,6 @@ CLAIMS = [
     ("more", "with groups of 32 AsyPPO ends above GRPO", "asyppo-G32:final - grpo-G32:final"),
     ("more", "crossover: AsyPPO gains more on GRPO with groups of 2 than of 8",
      "asyppo-G2:final - grpo-G2:final - asyppo-utd4:final + grpo-utd4:final"),
-    # (The only row added when results of these runs were known: three seeds.)
-    ("more", "and than of 32", "asyppo-G2:final - grpo-G2:final - asyppo-G32:final + grpo-G32:final"),
     ("more", "with groups of 2 symmetric PPO ends above GRPO", "ppo-G2:final - grpo-G2:final"),
     ("more", "with groups of 2 AsyPPO ends above symmetric PPO", "asyppo-G2:final - ppo-G2:final"),
     ("more", "at UTD 1 AsyPPO ends above GRPO", "asyppo-utd1:final - grpo-utd1:final"),
@@ -394,6 +393,12 @@ CLAIMS = [
     ("more", "likewise, disjoint shards nearer than shared data",
      "values-shared:critic_error - values-two:critic_error"),
     ("more", "likewise, two nearer than one", "values-one:critic_error - values-two:critic_error"),
+    # Added when four seeds of these runs were known:
+    ("later", "AsyPPO gains more on GRPO with groups of 2 than of 32",
+     "asyppo-G2:final - grpo-G2:final - asyppo-G32:final + grpo-G32:final"),
+    ("later", "symmetric PPO gains more on GRPO with groups of 2 than of 8",
+     "ppo-G2:final - grpo-G2:final - ppo-utd4:final + grpo-utd4:final"),
+    ("later", "at UTD 8 AsyPPO without its advantage mask ends above GRPO", "no-mask-utd8:final - grpo-utd8:final"),
 ]
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -630,7 +635,8 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
 
 ALGORITHMS = {"asyppo": "AsyPPO: two mini-critics", "ppo": "PPO: one full-size critic", "naive": "PPO: one mini-critic",
               "grpo": "GRPO: no critic"}
-PLACES = {"G2": "2", "utd4": "8", "G32": "32", "fast": "8, fast", "strained": "8, strained"}
+PLACES = {"G2": "2", "utd4": "8", "G32": "32", "utd1": "8,\nUTD 1", "utd8": "8,\nUTD 8", "fast": "8,\nfast",
+          "strained": "8,\nstrained"}  # all else at UTD 4
 VARIANTS = {"scratch": "two, not pretrained", "one": "one", "shared": "two, same data", "two": "two, disjoint",
             "min": "two, minimum", "four": "four, disjoint", "full": "one, full size"}
 
@@ -660,12 +666,13 @@ def plot_curves(results: dict, path: Path) -> None:
     panels[0, 1].legend(loc="lower right")
     figure.suptitle("lines: mean of the seeds; bands: their range", fontsize=10)
     axis = panels[1, 1]
-    for x, name in enumerate(PLACES):
-        paired = [effect(f"asyppo-{name}:final - grpo-{name}:final", results, str(seed)) for seed in SEEDS]
-        dots_and_mean(axis, x, [lead for lead in paired if lead is not None], "C0" if x < 3 else "gray")
+    for color, shift, algo in (("C0", -0.12, "asyppo"), ("C1", 0.12, "ppo")):  # as in the other panels
+        for x, name in enumerate(PLACES):
+            paired = [effect(f"{algo}-{name}:final - grpo-{name}:final", results, str(seed)) for seed in SEEDS]
+            dots_and_mean(axis, x + shift, [lead for lead in paired if lead is not None], color)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(title="AsyPPO's lead over GRPO at the end, a dot per seed", ylabel="difference in final accuracy",
-             xlabel="answers per prompt (fast: lr 1e-4, lambda 1; strained: lr 3e-4, lambda 1, UTD 8)")
+    axis.set(title="lead over GRPO at the end, a dot per seed", ylabel="difference in final accuracy",
+             xlabel="answers per prompt (fast: lr 1e-4; strained: lr 3e-4, UTD 8; both lambda 1)")
     axis.set_xticks(range(len(PLACES)), PLACES.values())
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
