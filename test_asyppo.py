@@ -1524,8 +1524,9 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
             lrs = {"fast": 1e-4, "strained": 3e-4, "values": 1e-12}
             assert "tune" in name or config.lr == next((lr for part, lr in lrs.items() if part in name), 3e-5)
     shown = [f"{algo}-{place}" for algo in ("asyppo", "grpo") for place in toy_task.PLACES] + [*toy_task.GATE]
-    assert {*toy_task.QUICK, *shown, *(f"values-{variant}" for variant in toy_task.VARIANTS)} <= set(toy_task.RUNS)
-    assert not set(toy_task.SEEDS) & set(toy_task.TUNING_SEEDS)
+    assert {*toy_task.QUICK, *toy_task.CONFIRM, *shown, *(f"values-{variant}" for variant in toy_task.VARIANTS)} <= set(toy_task.RUNS)
+    seeds = toy_task.SEEDS + toy_task.TUNING_SEEDS + toy_task.CONFIRM_SEEDS
+    assert len(set(seeds)) == len(seeds) == 15
 
 
 NAMED = {  # what sets a run apart from AsyPPO's, or from one mini-critic's, is what its name says
@@ -1806,7 +1807,7 @@ def test_readme_shows_every_flag_it_mentions():
 
 
 def test_readme_table_is_that_of_the_results():
-    results = toy_task.todays(toy_task.load_results(HERE / "figures" / "results.json"))
+    results = toy_task.todays(toy_task.load_results(HERE / "figures" / "results.json"), toy_task.SEEDS)
     missing = [pair for pair in toy_task.plan(list(toy_task.RUNS), toy_task.SEEDS) if str(pair[1]) not in results.get(pair[0], {})]
     assert not missing
     assert toy_task.table_of(toy_task.judge(results)) in README and toy_task.gate(results) in README
