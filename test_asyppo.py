@@ -1669,6 +1669,25 @@ def test_results_of_other_flags_stay_until_their_run_is_done_again(short_experim
     assert kept.items() > old.items() and "grpo-utd8" in kept
 
 
+def test_new_seeds_are_judged_alone(short_experiment, tmp_path, capsys, monkeypatch):
+    def result(name, right):
+        return {"flags": short_experiment[name], "seconds": 1.0, "final": right}
+
+    first = {"asyppo-utd8": {str(seed): result("asyppo-utd8", 0.1) for seed in toy_task.SEEDS},
+             "grpo-utd8": {str(seed): result("grpo-utd8", 0.8) for seed in toy_task.SEEDS}}
+    (tmp_path / "results.json").write_text(json.dumps(first))
+    monkeypatch.setattr(toy_task, "CONFIRM", list(first))
+    monkeypatch.setattr(toy_task, "run", lambda name, seed, *_: result(name, 0.9 if name == "asyppo-utd8" else 0.8))
+    for _ in range(2):  # the second time, all is there
+        assert toy_task.main(["--confirm", "--out", str(tmp_path)]) == 0
+        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| C", "| more", "| later"))]
+        assert rows == ["| C1 | at UTD 8 AsyPPO ends above GRPO | +0.100 | +0.100 to +0.100 | 8 | reproduced |"]
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert all(len(kept[name]) == 13 and kept[name].items() > first[name].items() for name in first)
+    row = toy_task.judge(toy_task.todays(kept, toy_task.SEEDS))[0]
+    assert row["seeds"] == 5 and row["effect"] == pytest.approx(-0.7)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"early": []}', '{"early": {"1": {}}}', '{"early": 5}'])
 def test_a_file_that_holds_no_results_is_told_and_left_alone(text, tmp_path, capsys):
     (tmp_path / "results.json").write_text(text)

@@ -660,26 +660,28 @@ def plot_curves(results: dict, path: Path) -> None:
     for axis, utd in zip(panels.flat, (1, 4, 8)):
         for color, (algo, label) in enumerate(ALGORITHMS.items()):
             curves = torch.tensor(seeds_of(results, f"{algo}-utd{utd}", "curve"))  # [seeds, evaluations, 2]
-            axis.plot([], [], color=f"C{color}", label=label)
             if len(curves):
                 steps, accuracy = (curves[0, :, 0] * ANSWERS).tolist(), curves[:, :, 1]
-                axis.plot(steps, accuracy.mean(0).tolist(), color=f"C{color}")
+                axis.plot(steps, accuracy.mean(0).tolist(), color=f"C{color}", label=label)
                 axis.fill_between(steps, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), color=f"C{color}",
                                   alpha=0.12, linewidth=0)
         axis.set(title=f"every batch used {utd} times" if utd > 1 else "every batch used once", ylim=(0.2, 1),
                  xlabel="answers generated", ylabel="held-out accuracy")
         axis.grid(alpha=0.3)
-    panels[0, 1].legend(loc="lower right")
+        if axis.lines:
+            axis.legend(loc="lower right")
+        else:
+            axis.set_visible(False)  # none of these were run
     figure.suptitle("lines: mean of the seeds; bands: their range", fontsize=10)
-    axis = panels[1, 1]
+    axis, places = panels[1, 1], [name for name in PLACES if results.get(f"grpo-{name}")]
     for color, shift, algo in (("C0", -0.12, "asyppo"), ("C1", 0.12, "ppo")):  # as in the other panels
-        for x, name in enumerate(PLACES):
+        for x, name in enumerate(places):
             paired = [effect(f"{algo}-{name}:final - grpo-{name}:final", results, str(seed)) for seed in SEEDS]
             dots_and_mean(axis, x + shift, [lead for lead in paired if lead is not None], color)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(title="lead over GRPO at the end, a dot per seed", ylabel="difference in final accuracy",
              xlabel="answers per prompt (fast: lr 1e-4; strained: lr 3e-4, UTD 8; both lambda 1)")
-    axis.set_xticks(range(len(PLACES)), PLACES.values())
+    axis.set_xticks(range(len(places)), [PLACES[name] for name in places])
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -687,10 +689,10 @@ def plot_curves(results: dict, path: Path) -> None:
 def plot_values(results: dict, path: Path) -> None:
     """How far each kind of critic is from the true values: a dot per seed, the line is their mean."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    axis = figure.subplots()
+    axis, variants = figure.subplots(), [name for name in VARIANTS if results.get(f"values-{name}")]
     for color, shift, number, label in (("C1", -0.12, "critic_error", "before the critics have seen the answers"),
                                         ("C0", 0.12, "fitted_error", "after: what the advantages are made of")):
-        for x, name in enumerate(VARIANTS):
+        for x, name in enumerate(variants):
             dots_and_mean(axis, x + shift, seeds_of(results, f"values-{name}", number), color)
         axis.plot([], [], "o", color=color, label=label)
     # Of a constant, which explains 0: from error^2 = (true - critic share explained) * variance, but for bias.
@@ -698,7 +700,7 @@ def plot_values(results: dict, path: Path) -> None:
     blind = [error * math.sqrt(true / (true - critic)) for error, true, critic in zip(*known) if true > critic]
     if blind:
         axis.axhline(sum(blind) / len(blind), color="gray", linestyle=":", label="a constant, at most")
-    axis.set_xticks(range(len(VARIANTS)), VARIANTS.values())
+    axis.set_xticks(range(len(variants)), [VARIANTS[name] for name in variants])
     axis.set(title="error of V_bar against the true values of the same states (root mean square); lower is better",
              ylabel="error", ylim=(0, 0.5))
     axis.grid(alpha=0.3, axis="y")
@@ -787,7 +789,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.quick:
         print("\none seed: no interval, nothing is decided")
     seconds = [found["seconds"] for by_seed in results.values() for found in by_seed.values()]
-    print(f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one core; see curves.png, values.png, "
+    print(f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core; see curves.png, values.png, "
           f"disagreement.png and tokens.png in {out}")
     return 2 if failed else 0
 
