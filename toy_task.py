@@ -51,7 +51,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 # ------------------------------------------------------------------------------------------------- problems, reward
 
 SIZES = {"train": 4096, "test": 512}
-SYMBOLS = {"symbols": {}, "long": dict(min_operations=5, max_operations=8)}  # {}: 3 to 6, like the demonstrations
 
 
 def calculate(expression: str) -> int:
@@ -85,15 +84,15 @@ def expressions_of(split: str, count: int, rng: random.Random, **lengths) -> lis
 
 
 def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
-    """`split` is "train" or "test", `level` one of SYMBOLS (the toy above) or of LEVELS, in words. Columns: prompt
-    ("5-8+9*3=", or chat messages), answer ("8") and level."""
+    """`split` is "train" or "test", `level` "symbols" (the toy above) or one of LEVELS, in words. Columns:
+    prompt ("5-8+9*3=", or chat messages), answer ("8") and level."""
     rng = random.Random(f"{split}-{seed}" if level == "symbols" else f"{split}-{seed}-{level}")
-    if level in SYMBOLS:
-        rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng, **SYMBOLS[level])]
+    if level == "symbols":
+        rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng)]
     elif level in LEVELS:
         rows = word_problems(split, SIZES[split], rng, level)
     else:
-        raise ValueError(f"there is no level {level!r}; there are " + ", ".join([*SYMBOLS, *LEVELS]))
+        raise ValueError(f"there is no level {level!r}; there are " + ", ".join(["symbols", *LEVELS]))
     return Dataset.from_dict({"prompt": [prompt for prompt, _ in rows], "answer": [str(answer) for _, answer in rows],
                               "level": [level] * len(rows)})
 
@@ -101,7 +100,7 @@ def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
 def reward(response: str, example: dict) -> float:
     """1.0 for the right answer, else 0.0. In symbols the response must end in "#" and a digit (its only "#": no second
     guess). In words the last "Answer: <integer>" or "\\boxed{<integer>}" counts, and nothing else."""
-    if example["level"] in SYMBOLS:
+    if example["level"] == "symbols":
         final = re.fullmatch(r"[^#]*#(\d)", response)
         return float(final is not None and final[1] == example["answer"])
     # Digits with a comma or a decimal part are another number: "Answer: 1,000" is not Answer: 1.
@@ -226,12 +225,16 @@ def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int
         schedule.step()
 
 
-def models() -> tuple[str, str]:
+def models(pretraining: str | None = None) -> tuple[str, str]:
     """Directories of the pretrained toy actor and of the mini-critics' base, made on first use (about a minute) and
-    kept in toy_models/, under a name that changes with the recipe above."""
+    kept in toy_models/, under a name that changes with the recipe above. `pretraining` ("1", "2", ...; if not given,
+    what TOY_PRETRAINING says in the environment) is another one: other initial weights, other demonstrations."""
+    pretraining = os.environ.get("TOY_PRETRAINING", "") if pretraining is None else pretraining
+    if not re.fullmatch(r"\d{0,9}", pretraining):
+        raise ValueError(f"TOY_PRETRAINING must be a whole number, not {pretraining!r}")
     recipe = [inspect.getsource(f) for f in (random_expression, demonstration, make_tokenizer, make_model, pretrain)]
     recipe = json.dumps([recipe, TINY, HASTY, SEEN, ALPHABET])
-    folder = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    folder = CACHE / f"{hashlib.sha256(recipe.encode()).hexdigest()[:12]}-{pretraining}".rstrip("-")
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=CACHE, prefix="unfinished-"))
@@ -239,9 +242,9 @@ def models() -> tuple[str, str]:
             tokenizer = make_tokenizer()
             for name, tiny in TINY.items():
                 with torch.random.fork_rng():  # the caller's random state stays what it was, cached or not
-                    torch.manual_seed(0)
+                    torch.manual_seed(int(pretraining or 0))
                     model = make_model(tokenizer, tiny["width"], tiny["layers"], tiny["heads"])
-                    pretrain(model, tokenizer, name, tiny["steps"], tiny["lr"])
+                    pretrain(model, tokenizer, f"{name} {pretraining}".rstrip(), tiny["steps"], tiny["lr"])
                 model.save_pretrained(beside / name)
                 tokenizer.save_pretrained(beside / name)
             try:
@@ -261,7 +264,9 @@ def models() -> tuple[str, str]:
 # asyppo.py.
 # ######################################################################################################################
 
-SEEDS, TUNING_SEEDS, CONFIRM_SEEDS = (1, 2, 3, 4, 5), (101, 102), (6, 7, 8, 9, 10, 11, 12, 13)
+SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
+CONFIRM_SEEDS = (6, 7, 8, 9, 10, 11, 12, 13)
+MODEL_SEEDS = (14, 15, 16, 17, 18, 19, 20, 21)  # each with actor and mini-critics of its own pretraining
 
 # Every algorithm samples 256 answers in each of 12 iterations, and learns from the first on. (Critic warm-up was tried
 # on seed 100: it costs AsyPPO as many iterations as it has, and brings nothing.) The critics' flags were chosen on
@@ -314,7 +319,10 @@ RUNS |= {f"{algo}-strained": of(algo, "--utd 8 --eval-every 2", STRAINED) for al
 STILL = " --steps 8 --utd 1 --eval-every 4 --eval-problems 1 --true-values 200"
 RUNS |= {f"values-{name}": of(algo, flags + STILL, " --lr 1e-12") for name, algo, flags in [
     ("two", "asyppo", ""), ("shared", "asyppo", "--shared-data"), ("one", "naive", ""), ("full", "ppo", ""),
-    ("four", "asyppo", "--critics 4"), ("min", "asyppo", "--aggregate min"), ("scratch", "asyppo", "--critic-scratch")]}
+    ("four", "asyppo", "--critics 4"), ("min", "asyppo", "--aggregate min"), ("scratch", "asyppo", "--critic-scratch"),
+    # Of M critics each sees 1/M of the answers: with M times the epochs it makes as many steps as one that sees all.
+    ("two-equal", "asyppo", "--critic-epochs 6"), ("four-equal", "asyppo", "--critics 4 --critic-epochs 12")]}
+RUNS["equal"] = of("asyppo", "--critic-epochs 6")
 RUNS["cost"] = "--profile --prompts-per-step 16 --critic-batch 8 --critic-epochs 3" + LEAN
 RUNS["early"] = "--steps 10 --eval-problems 64"  # for figures/tokens.png: one answer while there are mistakes to see
 ALL = RUNS | TUNING
@@ -322,10 +330,12 @@ QUICK = ["asyppo-utd8", "grpo-utd8", "ppo-utd8", "no-mask-utd8", "asyppo-utd4", 
          "values-two", "values-shared", "values-one", "early"]
 # Of 51 intervals some miss 0 by chance, and others are too wide to say anything. So the runs behind the main question
 # and behind most rows that five seeds decided are done again with eight new seeds, and these are judged alone. Chosen
-# when the first five were known, before any of these ran.
+# when the first five were known, before any of these ran. All of them share one pretrained actor and one base of the
+# mini-critics. So the same was done once more with eight pretrainings, a seed each (planned when the 13 seeds were
+# known, before any of these ran; the runs "-equal" were planned together with them).
 CONFIRM = ["asyppo-G2", "grpo-G2", "ppo-G2", "asyppo-utd4", "grpo-utd4", "ppo-utd4", "asyppo-utd8", "grpo-utd8",
            "ppo-utd8", "no-mask-utd8", "asyppo-strained", "grpo-strained", "scratch", "values-two", "values-one",
-           "values-shared", "values-scratch", "values-full"]
+           "values-shared", "values-scratch", "values-full", "values-two-equal"]
 
 # The paper's claims: number, what it says, and the effect whose sign decides, made of RUN:NUMBER (see numbers_of) and
 # computed for each seed. Positive: as the paper says, or, in rows named "more" and "later", as the sentence does.
@@ -405,6 +415,19 @@ CLAIMS = [
     ("later", "symmetric PPO gains more on GRPO with groups of 2 than of 8",
      "ppo-G2:final - grpo-G2:final - ppo-utd4:final + grpo-utd4:final"),
     ("later", "at UTD 8 AsyPPO without its advantage mask ends above GRPO", "no-mask-utd8:final - grpo-utd8:final"),
+    # Added before any run of "equal" and "-equal" was made, when all others were known:
+    ("later", "two critics (as many steps each as one) are nearer to the true values than one",
+     "values-one:fitted_error - values-two-equal:fitted_error"),
+    ("later", "likewise, before the critics' update", "values-one:critic_error - values-two-equal:critic_error"),
+    ("later", "disjoint shards (as many steps) bring V_bar nearer to the true values than shared data",
+     "values-shared:fitted_error - values-two-equal:fitted_error"),
+    ("later", "likewise, before the critics' update", "values-shared:critic_error - values-two-equal:critic_error"),
+    ("later", "with as many steps, the second critic brings more than the third and fourth",
+     "values-one:fitted_error - values-two-equal:fitted_error - values-two-equal:fitted_error"
+     " + values-four-equal:fitted_error"),
+    ("later", "AsyPPO (as many critic steps; with masks and bonus, too) ends above PPO with one mini-critic",
+     "equal:final - naive-utd4:final"),
+    ("later", "AsyPPO (as many critic steps) ends above AsyPPO on shared data", "equal:final - shared:final"),
 ]
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -555,13 +578,16 @@ def costs_of(told: str) -> dict:
     return found
 
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # one thread each: the results depend on it
+def environment_of(seed: int) -> dict:
+    """One thread each, as the results depend on it; and for some seeds a pretraining of their own."""
+    own = {"TOY_PRETRAINING": str(seed)} if seed in MODEL_SEEDS else {}
+    return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOY_PRETRAINING": ""} | own
 
 
 def run(name: str, seed: int, where: Path, children: set) -> dict:
     folder, started = where / "runs" / f"{name}-{seed}", time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-    process = subprocess.Popen(command_of(name, seed, folder), text=True, env=os.environ | ENVIRONMENT,
+    process = subprocess.Popen(command_of(name, seed, folder), text=True, env=os.environ | environment_of(seed),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     children.add(process)
     told, complaint = process.communicate()
@@ -607,7 +633,8 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
     if not todo:
         print(f"all runs are in {path} already; to run them again, give another --out")
         return todays(results, seeds), failed
-    models()  # made here, once, not by the first runs at the same time
+    for pretraining in sorted({environment_of(seed)["TOY_PRETRAINING"] for _, seed in todo}):
+        models(pretraining)  # made here, once, not by the first runs at the same time
     where.mkdir(parents=True, exist_ok=True)
     # Timings are taken last, with nothing beside them.
     timed, others = [[pair for pair in todo if (pair[0] == "cost") == is_timed] for is_timed in (True, False)]
@@ -739,7 +766,8 @@ def main(argv: list[str] | None = None) -> int:
                                      "paper says it does? Goes on where it was stopped.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
-    which.add_argument("--confirm", action="store_true", help="the main rows again, with eight new seeds")
+    which.add_argument("--confirm", action="store_true", help="the main rows again, with eight new seeds, and with "
+                                                              "eight more, each with pretrained models of its own")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
@@ -753,12 +781,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"problem {sample['prompt']:15s} answer {sample['answer']}   demonstration "
                   + demonstration(sample["prompt"][:-1], random.Random(sample["prompt"])))
         return 0
-    names, seeds = ((TUNING, TUNING_SEEDS) if given.tune else (CONFIRM, CONFIRM_SEEDS) if given.confirm
+    names, seeds = ((TUNING, TUNING_SEEDS) if given.tune else (CONFIRM, CONFIRM_SEEDS + MODEL_SEEDS) if given.confirm
                     else (QUICK, SEEDS[:1]) if given.quick else (RUNS, SEEDS))
     if given.commands:
         for name, seed in plan(names, seeds):
             command = command_of(name, seed, Path("runs/by-hand") / f"{name}-{seed}")
-            print(" ".join(f"{key}={value}" for key, value in ENVIRONMENT.items()), "python", shlex.join(command[1:]))
+            print(" ".join(f"{key}={value}" for key, value in environment_of(seed).items()), "python",
+                  shlex.join(command[1:]))
         return 0
     if given.jobs < 1:
         print("toy_task: --jobs must be at least 1", file=sys.stderr)
