@@ -1459,6 +1459,21 @@ def test_the_toy_starts_where_there_is_room_to_learn():
     assert sizes[0] > 5 * sizes[1]
 
 
+def test_another_pretraining_is_another_and_kept_beside_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_task, "CACHE", tmp_path)
+    monkeypatch.setattr(toy_task, "TINY", {name: tiny | {"steps": 2} for name, tiny in toy_task.TINY.items()})
+    first, other = toy_task.models(""), toy_task.models("14")
+    monkeypatch.setenv("TOY_PRETRAINING", "14")
+    assert toy_task.models() == other and toy_task.models("") == first
+    assert len(list(tmp_path.iterdir())) == 2
+    for a, b in zip(first, other):
+        one, two = (toy_task.load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"] for folder in (a, b))
+        assert one.shape == two.shape and not torch.allclose(one, two, atol=1e-3)
+    monkeypatch.setenv("TOY_PRETRAINING", "../x")
+    with pytest.raises(ValueError, match="TOY_PRETRAINING must be a whole number"):
+        toy_task.models()
+
+
 # --------------------------------------------------------------------------------------------------- the experiment
 
 
@@ -1502,10 +1517,10 @@ def test_effects_are_computed_as_written():
 def test_judged_by_seeds_that_all_runs_have():
     results = {"asyppo-utd8": {str(s): {"final": 0.9 + 0.001 * s} for s in toy_task.SEEDS},
                "grpo-utd8": {str(s): {"final": 0.8} for s in toy_task.SEEDS}}
-    row = next(r for r in toy_task.judge(results) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
+    row = next(r for r in toy_task.judge(results, toy_task.SEEDS) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
     assert row["verdict"] == "reproduced" and row["seeds"] == 5 and row["effect"] == pytest.approx(0.103)
     del results["grpo-utd8"]["3"]
-    row = next(r for r in toy_task.judge(results) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
+    row = next(r for r in toy_task.judge(results, toy_task.SEEDS) if r["formula"] == "asyppo-utd8:final - grpo-utd8:final")
     assert row["verdict"] == "undecided" and row["seeds"] == 4 and math.isnan(row["low"])
 
 
@@ -1524,9 +1539,10 @@ def test_every_run_is_a_valid_command_with_the_same_number_of_answers():
             lrs = {"fast": 1e-4, "strained": 3e-4, "values": 1e-12}
             assert "tune" in name or config.lr == next((lr for part, lr in lrs.items() if part in name), 3e-5)
     shown = [f"{algo}-{place}" for algo in ("asyppo", "grpo") for place in toy_task.PLACES] + [*toy_task.GATE]
-    assert {*toy_task.QUICK, *toy_task.CONFIRM, *shown, *(f"values-{variant}" for variant in toy_task.VARIANTS)} <= set(toy_task.RUNS)
-    seeds = toy_task.SEEDS + toy_task.TUNING_SEEDS + toy_task.CONFIRM_SEEDS
-    assert len(set(seeds)) == len(seeds) == 15
+    shown += [f"values-{variant}" for variant in toy_task.VARIANTS]
+    assert {*toy_task.QUICK, *toy_task.CONFIRM, *shown} <= set(toy_task.RUNS)
+    seeds = [*toy_task.TUNING_SEEDS, *sum(toy_task.SETS.values(), ())]
+    assert len(set(seeds)) == len(seeds) == 2 + 5 + 8 + 8
 
 
 NAMED = {  # what sets a run apart from AsyPPO's, or from one mini-critic's, is what its name says
@@ -1535,6 +1551,7 @@ NAMED = {  # what sets a run apart from AsyPPO's, or from one mini-critic's, is 
     "bonus-random": {"entropy_coef", "filter_by"}, "bonus-h80": {"entropy_coef", "filter_h"}, "bonus": {"entropy_coef"},
     "G": {"group_size", "prompts_per_step"}, "min": {"aggregate"}, "utd": {"utd"},
     "scratch": {"critic_scratch"}, "shared": {"shared_data"}, "warmup": {"critic_warmup"}, "four": {"critics"},
+    "equal": {"critic_epochs"},
 }
 WATCHING = {"true_values"}
 
@@ -1544,6 +1561,10 @@ def test_runs_that_a_claim_compares_differ_in_what_it_names_alone():
     compared = 0
     for _, says, formula in toy_task.CLAIMS:
         runs = list(dict.fromkeys(re.findall(r"([\w-]+):\w+", formula)))
+        if "as many" in says or says.startswith("likewise, before the critics'"):
+            steps = {run: config.critic_epochs / (1 if config.shared_data else config.critics) for run in runs
+                     for config in [asyppo.parse(toy_task.RUNS[run].split())]}
+            assert set(steps.values()) == {3}, (says, steps)
         for a, b in itertools.combinations(runs, 2):
             one, other = (vars(asyppo.parse(toy_task.RUNS[run].split())) for run in (a, b))
             differ = {field for field in one if one[field] != other[field]} - WATCHING
@@ -1592,7 +1613,7 @@ def test_shares_of_low_sigma_and_entropy(tmp_path):
 def test_the_gate_by_hand():
     found = [{"flags": toy_task.RUNS["asyppo-utd4"], "true_explained": a, "critic_explained": b, "fitted_explained": c}
              for a, b, c in ((0.6, 0.2, 0.5), (0.4, 0.4, 0.3))]
-    lines = toy_task.gate({"asyppo-utd4": dict(zip("12", found))}).splitlines()
+    lines = toy_task.gate({"asyppo-utd4": dict(zip("126", [*found, found[0]]))}, toy_task.SEEDS).splitlines()
     assert lines[2:] == ["| while it learns, UTD 4 | 0.50 | 0.30 | 60% | 0.40 | 80% |"]
 
 
@@ -1614,7 +1635,7 @@ SHORT = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-
 @pytest.fixture()
 def short_experiment(tiny, monkeypatch):
     """Four of its runs, short and with untrained models."""
-    monkeypatch.setattr(toy_task, "models", lambda: (str(tiny / "actor"), str(tiny / "critic")))
+    monkeypatch.setattr(toy_task, "models", lambda *_: (str(tiny / "actor"), str(tiny / "critic")))
     base = f"--model {tiny}/actor --critic-model {tiny}/critic --level symbols {SHORT} --algo "
     runs = {"asyppo-utd8": base + "asyppo", "grpo-utd8": base + "grpo", "values-two": base + "asyppo --true-values 4",
             "early": base + "asyppo"}
@@ -1669,7 +1690,7 @@ def test_results_of_other_flags_stay_until_their_run_is_done_again(short_experim
     assert kept.items() > old.items() and "grpo-utd8" in kept
 
 
-def test_new_seeds_are_judged_alone(short_experiment, tmp_path, capsys, monkeypatch):
+def test_each_set_of_seeds_is_judged_alone(short_experiment, tmp_path, capsys, monkeypatch):
     def result(name, right):
         return {"flags": short_experiment[name], "seconds": 1.0, "final": right}
 
@@ -1677,15 +1698,17 @@ def test_new_seeds_are_judged_alone(short_experiment, tmp_path, capsys, monkeypa
              "grpo-utd8": {str(seed): result("grpo-utd8", 0.8) for seed in toy_task.SEEDS}}
     (tmp_path / "results.json").write_text(json.dumps(first))
     monkeypatch.setattr(toy_task, "CONFIRM", list(first))
-    monkeypatch.setattr(toy_task, "run", lambda name, seed, *_: result(name, 0.9 if name == "asyppo-utd8" else 0.8))
+    monkeypatch.setattr(toy_task, "run", lambda name, seed, *_: result(
+        name, 0.8 if name == "grpo-utd8" else 0.85 if seed in toy_task.MODEL_SEEDS else 0.9))
     for _ in range(2):  # the second time, all is there
         assert toy_task.main(["--confirm", "--out", str(tmp_path)]) == 0
-        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| C", "| more", "| later"))]
-        assert rows == ["| C1 | at UTD 8 AsyPPO ends above GRPO | +0.100 | +0.100 to +0.100 | 8 | reproduced |"]
+        told = capsys.readouterr().out.splitlines()
+        assert "| | the paper's claim, as asked of the toy | 5 seeds | 8 new seeds | 8 other pretrainings |" in told
+        assert [line for line in told if line.startswith("| C1 |")] == [
+            "| C1 | at UTD 8 AsyPPO ends above GRPO | -0.700 (-0.700 to -0.700) opposite | +0.100 (+0.100 to +0.100) "
+            "reproduced | +0.050 (+0.050 to +0.050) reproduced |"]
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert all(len(kept[name]) == 13 and kept[name].items() > first[name].items() for name in first)
-    row = toy_task.judge(toy_task.todays(kept, toy_task.SEEDS))[0]
-    assert row["seeds"] == 5 and row["effect"] == pytest.approx(-0.7)
+    assert all(len(kept[name]) == 21 and kept[name].items() > first[name].items() for name in first)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"early": []}', '{"early": {"1": {}}}', '{"early": 5}'])
@@ -1724,15 +1747,13 @@ def test_commands_can_be_repeated_by_hand(capsys):
     assert len(lines) == len(set(lines)) == len(toy_task.SEEDS) * (len(toy_task.RUNS) - 1) + 1
     for line in lines:
         words = shlex.split(line)
-        assert words[:3] == ["OMP_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES=", "python"] and Path(words[3]).name == "asyppo.py"
-        asyppo.check(asyppo.parse(words[4:]))
-
-
-def test_longer_problems_are_longer():
-    for level, lengths in (("symbols", {3, 4, 5, 6}), ("long", {5, 6, 7, 8})):
-        rows = toy_task.problems("train", 0, level)
-        assert {len(prompt) // 2 - 1 for prompt in rows["prompt"]} == lengths
-        assert toy_task.reward(f"#{rows[0]['answer']}", rows[0]) == 1
+        assert words[:4] == ["OMP_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES=", "TOY_PRETRAINING=", "python"]
+        assert Path(words[4]).name == "asyppo.py"
+        asyppo.check(asyppo.parse(words[5:]))
+    assert toy_task.main(["--commands", "--confirm"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        seed, own = re.search(r"--seed (\d+)", line)[1], re.search(r"TOY_PRETRAINING=(\d*) ", line)[1]
+        assert own == (seed if int(seed) in toy_task.MODEL_SEEDS else "")
 
 
 # ------------------------------------------------------------------------------------------------------- README
@@ -1825,14 +1846,10 @@ def test_readme_shows_every_flag_it_mentions():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
-@pytest.mark.parametrize("names, seeds", [("RUNS", "SEEDS"), ("CONFIRM", "CONFIRM_SEEDS")])
-def test_readme_tables_are_those_of_the_results(names, seeds):
-    names, seeds = list(getattr(toy_task, names)), getattr(toy_task, seeds)
-    results = toy_task.todays(toy_task.load_results(HERE / "figures" / "results.json"), seeds)
-    assert [pair for pair in toy_task.plan(names, seeds) if str(pair[1]) not in results.get(pair[0], {})] == []
-    rows = toy_task.judge(results, seeds)
-    if seeds == toy_task.SEEDS:
-        assert toy_task.gate(results) in README
-    else:
-        rows = [row for row in rows if row["seeds"]]
-    assert toy_task.table_of(rows) in README
+def test_readme_tables_are_those_of_the_results():
+    results = toy_task.todays(toy_task.load_results(HERE / "figures" / "results.json"))
+    planned = toy_task.plan(list(toy_task.RUNS), toy_task.SEEDS)
+    planned += toy_task.plan(toy_task.CONFIRM, toy_task.CONFIRM_SEEDS + toy_task.MODEL_SEEDS)
+    assert [pair for pair in planned if str(pair[1]) not in results.get(pair[0], {})] == []
+    assert toy_task.table_of(results) in README
+    assert toy_task.gate(results, toy_task.SEEDS) in README

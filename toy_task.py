@@ -267,6 +267,7 @@ def models(pretraining: str | None = None) -> tuple[str, str]:
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 CONFIRM_SEEDS = (6, 7, 8, 9, 10, 11, 12, 13)
 MODEL_SEEDS = (14, 15, 16, 17, 18, 19, 20, 21)  # each with actor and mini-critics of its own pretraining
+SETS = {"5 seeds": SEEDS, "8 new seeds": CONFIRM_SEEDS, "8 other pretrainings": MODEL_SEEDS}  # each judged alone
 
 # Every algorithm samples 256 answers in each of 12 iterations, and learns from the first on. (Critic warm-up was tried
 # on seed 100: it costs AsyPPO as many iterations as it has, and brings nothing.) The critics' flags were chosen on
@@ -476,7 +477,7 @@ def effect(formula: str, results: dict, seed: str) -> float | None:
     return total
 
 
-def judge(results: dict, seeds: tuple = SEEDS) -> list[dict]:
+def judge(results: dict, seeds: tuple) -> list[dict]:
     """One row per claim, over those seeds for which all its runs are there. A claim without a formula is not tested."""
     rows = []
     for number, says, formula in CLAIMS:
@@ -489,16 +490,33 @@ def judge(results: dict, seeds: tuple = SEEDS) -> list[dict]:
     return rows
 
 
-def table_of(rows: list[dict]) -> str:
-    """In Markdown. Rows of which nothing was run are left out."""
-    lines = ["| | the paper's claim, as asked of the toy | effect | 95 % interval | seeds | verdict |",
-             "| --- | --- | --- | --- | --- | --- |"]
-    for row in [row for row in rows if row["seeds"] or not row["formula"]]:
-        effect, interval = ("" if math.isnan(row["effect"]) else f"{row['effect']:+.3f}",
-                            "" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}")
-        cells = [row["claim"], row["says"], effect, interval, str(row["seeds"] or ""), row["verdict"]]
-        lines.append("| " + " | ".join(cells) + " |")
+def cell(row: dict, of: int) -> str:
+    """"+0.015 (+0.001 to +0.028) reproduced"; if there are fewer than `of` seeds, it says how many."""
+    if not row["seeds"]:
+        return ""
+    interval = "" if math.isnan(row["low"]) else f" ({row['low']:+.3f} to {row['high']:+.3f})"
+    seeds = "" if row["seeds"] == of else f", {row['seeds']} of {of} seeds:"
+    return f"{row['effect']:+.3f}{interval}{seeds} {row['verdict']}"
+
+
+def table_of(results: dict) -> str:
+    """In Markdown: a row per claim, a column per set of seeds. What was not run is left out."""
+    sets = {label: judge(results, seeds) for label, seeds in SETS.items()}
+    sets = {label: rows for label, rows in sets.items() if any(row["seeds"] for row in rows)}
+    lines = ["| " + " | ".join(["", "the paper's claim, as asked of the toy", *sets]).lstrip() + " |",
+             "| --- " * (2 + len(sets)) + "|"]
+    for i, (number, says, formula) in enumerate(CLAIMS):
+        cells = [cell(rows[i], len(SETS[label])) for label, rows in sets.items()]
+        if not formula:
+            cells = ["not testable here"] + [""] * (len(sets) - 1)
+        if any(cells):
+            lines.append("| " + " | ".join([number, says, *cells]) + " |")
     return "\n".join(lines)
+
+
+def of_seeds(results: dict, seeds: tuple) -> dict:
+    return {name: {seed: found for seed, found in by_seed.items() if int(seed) in seeds}
+            for name, by_seed in results.items()}
 
 
 def seeds_of(results: dict, name: str, number: str) -> list:
@@ -511,12 +529,13 @@ GATE = {"values-two": "starting policy", "values-scratch": "starting policy, unt
         "asyppo-fast": "while it learns fast (lr 1e-4), UTD 4"}
 
 
-def gate(results: dict) -> str:
+def gate(results: dict, seeds: tuple) -> str:
     """Could critics help here at all? The share of the return's variance that a perfect critic would explain (wanted:
     at least 0.4), and that ours explain (wanted: half of that, and more than critics that were not pretrained), of
     answers that they have not seen yet; and once trained on them, as the advantages use them."""
     lines = ["| | true values explain | mini-critics, answers unseen | share | trained on them | share |",
              "| --- | --- | --- | --- | --- | --- |"]
+    results = of_seeds(results, seeds)
     for name, where in GATE.items():
         kinds = [seeds_of(results, name, key) for key in ("true_explained", "critic_explained", "fitted_explained")]
         if all(kinds):
@@ -601,17 +620,17 @@ def run(name: str, seed: int, where: Path, children: set) -> dict:
     return {"flags": ALL[name], "seconds": round(time.perf_counter() - started, 1)} | numbers
 
 
-def todays(results: dict, seeds: tuple) -> dict:
-    """Of {run: {seed: numbers}}, what was run with these seeds and today's flags."""
-    return {name: {seed: found for seed, found in by_seed.items()
-                   if found["flags"] == ALL.get(name) and int(seed) in seeds} for name, by_seed in results.items()}
+def todays(results: dict) -> dict:
+    """Of {run: {seed: numbers}}, what was run with today's flags."""
+    return {name: {seed: found for seed, found in by_seed.items() if found["flags"] == ALL.get(name)}
+            for name, by_seed in results.items()}
 
 
 def load_results(path: Path) -> dict:
     """{run: {seed: numbers}}, also those of other flags: they are kept until their run is done again."""
     try:
         results = json.loads(path.read_text()) if path.exists() else {}
-        todays(results, SEEDS)
+        of_seeds(todays(results), SEEDS)
         return results
     except (ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{path} does not hold this experiment's results; move it away or give another --out")
@@ -629,10 +648,10 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
     Returns the results and what was said of runs that failed."""
     path, failed, children = where / "results.json", [], set()
     results = load_results(path)
-    todo = [(name, seed) for name, seed in plan(names, seeds) if str(seed) not in todays(results, seeds).get(name, {})]
+    todo = [(name, seed) for name, seed in plan(names, seeds) if str(seed) not in todays(results).get(name, {})]
     if not todo:
         print(f"all runs are in {path} already; to run them again, give another --out")
-        return todays(results, seeds), failed
+        return todays(results), failed
     for pretraining in sorted({environment_of(seed)["TOY_PRETRAINING"] for _, seed in todo}):
         models(pretraining)  # made here, once, not by the first runs at the same time
     where.mkdir(parents=True, exist_ok=True)
@@ -661,7 +680,7 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
                             break
                         time.sleep(0.1)  # one may have been about to start
                     raise
-    return todays(results, seeds), failed
+    return todays(results), failed
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -806,20 +825,21 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             print(f"{name:36s} final accuracy " + " ".join(f"{x:.3f}" for x in seeds_of(results, name, "final")))
         return 2 if failed else 0
-    if given.confirm:
-        print(table_of([row for row in judge(results, seeds) if row["seeds"]]), gate(results), sep="\n\n")
-        return 2 if failed else 0
-    plot_curves(results, out / "curves.png")
-    plot_values(results, out / "values.png")
-    plot_disagreement(results, out / "disagreement.png")
-    if (early := out / "runs" / f"early-{seeds[0]}" / "tokens.png").exists():
-        shutil.copy(early, out / "tokens.png")
-    print(table_of(judge(results)), gate(results), sep="\n\n")
+    if not given.confirm:
+        results = of_seeds(results, seeds)
+        plot_curves(results, out / "curves.png")
+        plot_values(results, out / "values.png")
+        plot_disagreement(results, out / "disagreement.png")
+        if (early := out / "runs" / f"early-{seeds[0]}" / "tokens.png").exists():
+            shutil.copy(early, out / "tokens.png")
+    print(table_of(results))
+    for label, judged in SETS.items():
+        if any(of_seeds(results, judged).values()):
+            print(f"\n{label}:\n\n{gate(results, judged)}")
     if given.quick:
-        print("\none seed: no interval, nothing is decided")
+        print("\none seed: no intervals, nothing is decided")
     seconds = [found["seconds"] for by_seed in results.values() for found in by_seed.values()]
-    print(f"{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core; see curves.png, values.png, "
-          f"disagreement.png and tokens.png in {out}")
+    print(f"\n{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core; numbers and pictures are in {out}")
     return 2 if failed else 0
 
 
