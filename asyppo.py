@@ -9,7 +9,7 @@ token and makes it cheap and sturdy:
   * of every prompt's answers, each mini-critic is trained on its own half, so that the two differ (*disjoint shards*);
   * their mean is the value; their *disagreement* says where to learn. Where they agree most, there is little left to
     learn and the advantage is masked; where they disagree most, exploring is noise and the entropy bonus is filtered.
-    (Curiosity would explore just there. But only the bonus is dropped; the advantage, an observed outcome, stays.)
+    (Curiosity would explore just there. But only the bonus is dropped; the advantage stays.)
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
@@ -109,15 +109,17 @@ class Config:
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
     # (critic_lam 1), which no critic's error can bias. 3e-3 suits the toy's mini-critics of 61,000 parameters, which
     # have four iterations of warm-up to learn an output they never had. (The experiment in README.md does without.)
+    # A critic as large as the actor does not bear it: the preset "ppo" has 3e-4.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_size: str = option("mini", "actor: a critic as large as the actor, from the actor's checkpoint",
                               choices=["mini", "actor"])
     critic_layers: int = option(0, "keep only the first layers of the mini-critics' base (0: all of --critic-model or "
                                    "the task's own; a quarter when the base is the actor's checkpoint)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
-    shared_data: bool = option(False, "train every critic on all answers: they will hardly differ")
+    shared_data: bool = option(False, "train every critic on all answers (and M times the steps): they will hardly "
+                                           "differ")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(3e-3, "critics' learning rate (Adam); 5e-5 with --model")
+    critic_lr: float = option(3e-3, "critics' learning rate (Adam); 3e-4 with --algo ppo, 5e-5 with --model")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
@@ -150,7 +152,7 @@ class Config:
 # it alone. Where a mask could do nothing anyway (one critic: sigma is 0), its share is still set to 0, to be plain.
 PRESETS = {
     "asyppo": {},
-    "ppo": dict(critics=1, critic_size="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
+    "ppo": dict(critics=1, critic_size="actor", critic_lr=3e-4, mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
     "naive": dict(critics=1, critic_size="mini", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
     "grpo": dict(critics=0, critic_warmup=0, mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
 }
@@ -274,8 +276,8 @@ def mixed_precision(device: torch.device):
 
 
 def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[..., D] -> [..., V], in float32: to bf16, with its 8 binary digits, a logit of 19.94 is 20, and rho would be off
-    by 6 %."""
+    """[..., D] -> [..., V], in float32 (main() lets a GPU multiply in TF32): to bf16, with its 8 binary digits, a logit
+    of 19.94 is 20, and rho would be off by 6 %."""
     with torch.autocast(hidden.device.type, enabled=False):
         return model.get_output_embeddings()(hidden.float()) / temperature
 
@@ -317,8 +319,8 @@ def logprobs_and_entropy(model, batch: Rollout, temperature: float,
 def microbatches(batch: Rollout, token_budget: int):
     """Yield row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
 
-    Every loss below is a mean, over answers or over tokens; weighted by its part of that mean, the gradients of the
-    groups add up to the gradient of one big batch, whatever the budget."""
+    Every loss below is a mean, over answers or over tokens. If the caller weights each group's loss by its part of that
+    mean (as update_critic and update_actor do), the gradients add up to that of one big batch, whatever the budget."""
     lengths = batch.mask.sum(1)
     group = []
     for row in lengths.argsort(stable=True).tolist():
@@ -403,7 +405,8 @@ def gae(rewards, values, mask, gamma, lam):
 def whiten(x, mask):
     """x [B, T] brought to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere.
 
-    Where the valid tokens do not differ, or there is only one, the result is 0, not NaN.
+    Where the valid tokens do not differ, or there is only one, the result is 0, not NaN. Where all answers are scored
+    alike, what is left is the critics' error, which becomes as large as any advantage. (group_advantages gives 0 then.)
     The paper is silent on it; it is usual for PPO and makes one learning rate fit batches easy and hard.
     """
     valid = mask.bool()
@@ -485,9 +488,10 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     the same, and so does every token of it. Padding (mask 0) may hold anything and gets no gradient; an empty answer
     counts as 0. With adv_keep 1 and beta 0 this is PPO; with a group's advantage on every token, GRPO without its KL.
 
-    Returns loss (a scalar) and stats over the valid tokens: ratio_error = max |rho - 1|, which must be 0 to rounding on
-    the first pass over a batch; clip_fraction, the share of tokens with rho outside 1 +- clip; and kl, the estimate
-    E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is never negative (Schulman, "Approximating KL", k3).
+    Returns loss (a scalar) and stats over the valid tokens: ratio_error = max |rho - 1|, which must be 0 to rounding
+    (of bf16, if the model computes in it) on the first pass over a batch; clip_fraction, the share of tokens with rho
+    outside 1 +- clip; and kl, the estimate E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is never negative
+    (Schulman, "Approximating KL", k3).
     """
     valid = mask.bool()
     # Zeroed before exp, not after: exp of a padded inf would send NaN (0 * inf) back through the gradient.
@@ -495,7 +499,7 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     advantages = advantages.detach().masked_fill(~valid, 0)
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)
+    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid, 0)
     lengths = valid.sum(dim=1).clamp(min=1)
     loss = -(per_token.masked_fill(~valid, 0).sum(dim=1) / lengths).mean()
     with torch.no_grad():
@@ -553,7 +557,8 @@ class Learner:
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
     """Random generators, one on the model's device and one on the CPU, that depend on the seed and the step alone (-1:
     evaluation, -2: true values, -3: levels): an iteration's draws do not depend on what ran before it. Even numbers for
-    the device, odd ones for the CPU; the factor is above any number of steps, so no two seeds share randomness."""
+    the device, odd ones for the CPU; the factor is above any number of steps, so no two seeds share randomness (up to
+    2,000, that is: of larger numbers the CPU keeps 32 binary digits)."""
     seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
     return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
 
@@ -573,7 +578,7 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     return ids if not begins or ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
-def answer(learner: Learner, examples: list[dict], generator, begun=None) -> tuple[Rollout, torch.Tensor]:
+def sample_and_grade(learner: Learner, examples: list[dict], generator, begun=None) -> tuple[Rollout, torch.Tensor]:
     """Sample one answer to each example's prompt and have it graded: the rollout, and the verifier's R of each, [B].
     begun: what has been written of each answer already, lists of equally many tokens."""
     config, begun = learner.config, begun or [[]] * len(examples)
@@ -661,7 +666,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     # (Line 1) Sample G answers per prompt. The reward sits on the last real token of each; before, r_t = 0.
     chosen = torch.randperm(len(learner.train_problems), generator=cpu_generator)[:config.prompts_per_step].tolist()
     examples = [learner.train_problems[i] for i in chosen for _ in range(config.group_size)]
-    batch, scores = answer(learner, examples, generator)
+    batch, scores = sample_and_grade(learner, examples, generator)
     mask = batch.mask
     rewards = torch.zeros_like(mask)
     rewards[torch.arange(len(mask)), mask.sum(1).long() - 1] = scores
@@ -671,21 +676,22 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     # How well did the critics predict this batch, before they see it? A measurement; and if critic_lam < 1, what their
     # targets bootstrap from: the ensemble's value before the update, not each critic's own. (The paper is silent.)
     values = critic_values(learner, batch)
-    v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
+    foretold = v_bar = aggregate(values, config.aggregate) if critics else torch.zeros_like(mask)
     _, outcome = gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)  # the Monte-Carlo return
     explained = explained_variance(v_bar, outcome, mask) if critics else None
     learner.view.update(values=values, v_bar=v_bar)
 
-    # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. On any answer, then, one critic
-    #     has just been fitted to how it ended and the others have never seen it: part of what sigma measures is just
-    #     that. V_bar, too, has half seen the outcome, which shrinks advantages. The order is the paper's.
+    # (Lines 2, 3) Every critic learns from its own shard, *before* the batch is valued. With disjoint shards, then, one
+    #     critic has just been fitted to how an answer ended and the others have never seen it: part of what sigma
+    #     measures is just that. V_bar, too, has half seen the outcome, which shrinks advantages. The order is the
+    #     paper's.
     if critics:
         _, returns = gae(rewards, v_bar, mask, config.gamma, config.critic_lam)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
-        order = cpu_generator.get_state()  # all shuffle alike: but for their heads, only data makes them differ
+        shuffle = cpu_generator.get_state()  # all shuffle alike: but for their heads, only data makes them differ
         for m in range(len(critics)):
             mine = torch.ones_like(owner) if config.shared_data else owner == m
-            cpu_generator.set_state(order)
+            cpu_generator.set_state(shuffle)
             update_critic(learner, m, batch, returns, mine.nonzero()[:, 0], cpu_generator)
 
         # (Lines 4 to 6) The corrected advantage: GAE on the ensemble's value, V_bar.
@@ -706,7 +712,7 @@ def train_step(learner: Learner, step: int, look_into_values: bool = False) -> d
     ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
     seconds_critic = clock.lap()
     # A state's value as the critics foretold it, and as it has become for the advantages.
-    guesses = {"critic": learner.view["v_bar"], "fitted": v_bar} if critics else {}
+    guesses = {"critic": foretold, "fitted": v_bar} if critics else {}
     looked = true_values(learner, batch, guesses, examples, config.true_values) if look_into_values else {}
     clock.lap()  # this one is not counted
     learner.view.update(values=values, v_bar=v_bar, sigma=sigma, advantages=advantages, adv_keep=adv_keep,
@@ -746,7 +752,7 @@ def evaluate(learner: Learner) -> float:
     twice."""
     problems, config = learner.test_problems, learner.config
     examples = list(problems.select(range(min(config.eval_problems, len(problems)))))
-    return float(answer(learner, examples, generators(learner, -1)[0])[1].mean())
+    return float(sample_and_grade(learner, examples, generators(learner, -1)[0])[1].mean())
 
 
 def true_values(learner: Learner, batch: Rollout, guesses: dict[str, torch.Tensor], examples: list[dict], count: int,
@@ -768,7 +774,7 @@ def true_values(learner: Learner, batch: Rollout, guesses: dict[str, torch.Tenso
     for t in tqdm(states[:, 1].unique().tolist(), desc="true values", leave=False, delay=2):
         rows = states[states[:, 1] == t, 0].repeat_interleave(continuations)
         begun = batch.tokens[rows, P:P + t].tolist()
-        _, scores = answer(learner, [examples[i] for i in rows.tolist()], generator, begun)
+        _, scores = sample_and_grade(learner, [examples[i] for i in rows.tolist()], generator, begun)
         scores = scores.cpu().view(-1, continuations)
         truth.append(scores.mean(1))
         within.append(scores.var(1))
@@ -894,7 +900,7 @@ def choose_level(learner: Learner, sample: int = 32) -> str:
         problems = load_problems(learner, "train", 1, level)
         learner.train_problems = learner.test_problems = problems  # where a failing reward() is looked up
         some = list(problems.select(range(min(sample, len(problems)))))
-        batch, scores = answer(learner, some, generators(learner, -3)[0])
+        batch, scores = sample_and_grade(learner, some, generators(learner, -3)[0])
         shares[level] = float(scores.mean())
         print(f"level {level:10s} {shares[level]:4.0%} right of {len(scores)}, "
               f"{batch.truncated.float().mean():.0%} cut off by --max-new-tokens")
@@ -1069,7 +1075,8 @@ def train(config: Config, task) -> int:
     rows = load_checkpoint(learner, out / "checkpoint.pt") if config.resume else []
     if config.resume and not rows:
         if (out / "actor").exists():
-            raise UserError(f"the run in {out} has ended, but its checkpoint.pt is gone")
+            raise UserError(f"the run in {out} has ended, but it has no checkpoint.pt; to run it anew, move "
+                            f"{out}/actor away, or give another --out")
         print("no checkpoint yet: starts again from the first step")
     if rows and rows[-1]["step"] >= config.steps:
         print(f"the run in {out} has done its {rows[-1]['step']} steps; to go on, raise --steps")
@@ -1124,7 +1131,7 @@ def train(config: Config, task) -> int:
     plot_curves(rows, out / "curves.png")
     story = TokenStory(learner)
     story.plot(out / "tokens.png")
-    save_checkpoint(learner, rows, out / "checkpoint.pt")  # last: if anything before was cut short, --resume redoes it
+    save_checkpoint(learner, rows, out / "checkpoint.pt")  # last: --resume redoes what was cut short
     story.print()
     print(f"held-out accuracy {rows[0]['eval_accuracy']:.3f} -> {accuracy:.3f}; see {out}/curves.png and tokens.png")
     return 0
@@ -1401,8 +1408,10 @@ def floor_seconds(learner: Learner, batch: Rollout) -> dict:
         with torch.set_grad_enabled(backward):
             for index in microbatches(of, config.micro_batch_tokens):
                 part = of.rows(index)
+                # Of the actor, logits where the answers are, as in training.
+                kept = {"logits_to_keep": part.mask.shape[1] + 1} if model is learner.actor else {}
                 with mixed_precision(lengths.device):
-                    output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False)[0]
+                    output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False, **kept)[0]
                 if backward:
                     output.mean().backward()
 
@@ -1508,7 +1517,7 @@ def parse(argv: list[str] | None) -> Config:
                                 help=text + shown)
     given = parser.parse_args(argv)
     if not given.resume:
-        parser.set_defaults(**PRESETS[given.algo], **(REAL if given.model else {}))
+        parser.set_defaults(**(PRESETS[given.algo] | (REAL if given.model else {})))
         config = Config(**vars(parser.parse_args(argv)))
         out = f"runs/{Path(config.model).name + '-' if config.model else ''}{config.algo}-{config.seed}"
         return replace(config, out=config.out or out,

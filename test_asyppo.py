@@ -797,7 +797,7 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems_and_repeats_itself(t
 def test_true_values_of_a_process_that_is_known(tiny):
     learner = learner_of(tiny, prompts_per_step=64, group_size=8)
     examples = [learner.train_problems[i] for i in range(64) for _ in range(8)]
-    batch, scores = asyppo.answer(learner, examples, asyppo.generators(learner, 1)[0])
+    batch, scores = asyppo.sample_and_grade(learner, examples, asyppo.generators(learner, 1)[0])
     known = scores[:, None].expand_as(batch.mask).clone()  # after the first token all is decided ...
     known[:, 0] = scores.mean()  # ... and before it the chance is (nearly) the same for every prompt
     blind = torch.full_like(known, float(scores.mean()))
@@ -920,7 +920,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--model", "no/such-model"], "there is no such directory, and no model no/such-model could be had"),
     (["--model", "./no_such_directory"], "--model ./no_such_directory: there is no such directory"),
     (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory: there is no such directory"),
-    (["--level", "9"], "there is no level '9'; there are symbols, long, 1, 2"),
+    (["--level", "9"], "there is no level '9'; there are symbols, 1, 2"),
     (["--task", "no_such_task.py"], "--task no_such_task.py: no such file"),
     (["--max-new-tokens", "300"], "exceeds the model's context of 256"),
     (["--prompts-per-step", "5000"], "has 4096 rows, but 5000 are needed"),
@@ -971,6 +971,8 @@ def test_presets_are_nothing_but_defaults():
         config = asyppo.parse(["--algo", algo])
         assert all(getattr(config, key) == value for key, value in preset.items())
         assert config.out == f"runs/{algo}-0"
+        with_model = asyppo.parse(["--algo", algo, "--model", "x"])
+        assert all(getattr(with_model, key) == value for key, value in asyppo.REAL.items())
     config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
     assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
 
@@ -1094,7 +1096,7 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
             right[:round(shares[examples[0]["level"]] * len(examples))] = 1
             return sampled(random_model()), right
 
-        monkeypatch.setattr(asyppo, "answer", answer)
+        monkeypatch.setattr(asyppo, "sample_and_grade", answer)
         assert asyppo.choose_level(learner) == best
         assert asked == list(shares), "it stops after two hopeless levels in a row"
         assert ("no level is between 10 and 90 %" in capsys.readouterr().out) == warning
@@ -1282,7 +1284,7 @@ def test_a_signal_in_the_last_step_and_a_run_without_checkpoints(tiny, unstopped
     monkeypatch.setattr(asyppo, "train_step", real)
     (out / "checkpoint.pt").unlink()
     assert asyppo.main(["--resume", str(out)]) == 2
-    assert "has ended, but its checkpoint.pt is gone" in capsys.readouterr().err
+    assert "has ended, but it has no checkpoint.pt" in capsys.readouterr().err
     assert same_result(out, unstopped), "nothing was lost"
 
 
