@@ -322,7 +322,8 @@ RUNS |= {f"values-{name}": of(algo, flags + STILL, " --lr 1e-12") for name, algo
     ("two", "asyppo", ""), ("shared", "asyppo", "--shared-data"), ("one", "naive", ""), ("full", "ppo", ""),
     ("four", "asyppo", "--critics 4"), ("min", "asyppo", "--aggregate min"), ("scratch", "asyppo", "--critic-scratch"),
     # Of M critics each sees 1/M of the answers: with M times the epochs it makes as many steps as one that sees all.
-    ("two-equal", "asyppo", "--critic-epochs 6"), ("four-equal", "asyppo", "--critics 4 --critic-epochs 12"), ("one-equal", "naive", "--critic-epochs 6")]}
+    ("two-equal", "asyppo", "--critic-epochs 6"), ("four-equal", "asyppo", "--critics 4 --critic-epochs 12"),
+    ("one-equal", "naive", "--critic-epochs 6")]}
 RUNS["equal"] = of("asyppo", "--critic-epochs 6")
 RUNS["cost"] = "--profile --prompts-per-step 16 --critic-batch 8 --critic-epochs 3" + LEAN
 RUNS["early"] = "--steps 10 --eval-problems 64"  # for figures/tokens.png: one answer while there are mistakes to see
