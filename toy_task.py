@@ -271,7 +271,8 @@ SETS = {"5 seeds": SEEDS, "8 new seeds": CONFIRM_SEEDS, "8 other pretrainings": 
 
 # Every algorithm samples 256 answers in each of 12 iterations, and learns from the first on. (Critic warm-up was tried
 # on seed 100: it costs AsyPPO as many iterations as it has, and brings nothing.) The critics' flags were chosen on
-# seeds 99 and 100 by how much of the true values they foretell; a full-size critic bears no more than 3e-4.
+# seeds 99 and 100 by how much of the true values they foretell; a full-size critic bears no more than 3e-4
+# with batches of 8.
 ANSWERS = 256
 TRAIN = "--steps 12 --prompts-per-step 32 --eval-every 3 --critic-warmup 0 --critic-batch 8 --critic-epochs 3"
 CRITIC = {"asyppo": " --critic-lr 2e-3", "grpo": "", "ppo": " --critic-lr 3e-4", "naive": " --critic-lr 2e-3"}
