@@ -372,11 +372,12 @@ CLAIMS = [
      "values-min:fitted_error - values-two:fitted_error"),
     ("C5", "and guides the actor further", "asyppo-utd4:final - min:final"),
     ("C6", "the advantage mask helps at UTD 4", "asyppo-utd4:final - no-mask-utd4:final"),
-    ("C6", "it helps at UTD 8", "asyppo-utd8:final - no-mask-utd8:final"),
-    ("C6", "it helps more at UTD 8 than at UTD 1",
+    ("C6", "the advantage mask helps at UTD 8", "asyppo-utd8:final - no-mask-utd8:final"),
+    ("C6", "the advantage mask helps more at UTD 8 than at UTD 1",
      "asyppo-utd8:final - no-mask-utd8:final - asyppo-utd1:final + no-mask-utd1:final"),
-    ("C6", "better than masking by entropy", "asyppo-utd4:final - mask-entropy:final"),
-    ("C6", "control: better than a random mask of the same share", "asyppo-utd4:final - mask-random:final"),
+    ("C6", "masking by sigma is better than by entropy", "asyppo-utd4:final - mask-entropy:final"),
+    ("C6", "control: masking by sigma is better than a random mask of the same share",
+     "asyppo-utd4:final - mask-random:final"),
     ("C7", "a plain entropy bonus (0.03) does harm", "no-bonus:final - bonus-plain:final"),
     ("C7", "the bonus filtered by sigma is better than the plain one", "bonus:final - bonus-plain:final"),
     ("C7", "and better than none", "bonus:final - no-bonus:final"),
@@ -408,11 +409,12 @@ CLAIMS = [
     ("more", "fast policy (lr 1e-4, lambda 1, UTD 4): AsyPPO ends above GRPO", "asyppo-fast:final - grpo-fast:final"),
     ("more", "fast policy: AsyPPO ends above symmetric PPO", "asyppo-fast:final - ppo-fast:final"),
     ("more", "fast policy: symmetric PPO ends above GRPO", "ppo-fast:final - grpo-fast:final"),
-    ("more", "before the critics' update, too, the pretrained are nearer to the true values than the untaught",
+    ("more", "before the critics' update, pretrained mini-critics are nearer to the true values than untaught ones",
      "values-scratch:critic_error - values-two:critic_error"),
-    ("more", "likewise, disjoint shards nearer than shared data",
+    ("more", "before the critics' update, disjoint shards are nearer to the true values than shared data",
      "values-shared:critic_error - values-two:critic_error"),
-    ("more", "likewise, two nearer than one", "values-one:critic_error - values-two:critic_error"),
+    ("more", "before the critics' update, two critics are nearer to the true values than one",
+     "values-one:critic_error - values-two:critic_error"),
     # Added when four seeds of these runs were known:
     ("later", "AsyPPO gains more on GRPO with groups of 2 than of 32",
      "asyppo-G2:final - grpo-G2:final - asyppo-G32:final + grpo-G32:final"),
@@ -422,10 +424,12 @@ CLAIMS = [
     # Added before any run of "equal" and "-equal" was made, when all others were known:
     ("later", "two critics (as many steps each as one) are nearer to the true values than one",
      "values-one:fitted_error - values-two-equal:fitted_error"),
-    ("later", "likewise, before the critics' update", "values-one:critic_error - values-two-equal:critic_error"),
+    ("later", "before the critics' update, two (as many steps each as one) are nearer than one",
+     "values-one:critic_error - values-two-equal:critic_error"),
     ("later", "disjoint shards (as many steps) bring V_bar nearer to the true values than shared data",
      "values-shared:fitted_error - values-two-equal:fitted_error"),
-    ("later", "likewise, before the critics' update", "values-shared:critic_error - values-two-equal:critic_error"),
+    ("later", "before the critics' update, disjoint shards (as many steps) are nearer than shared data",
+     "values-shared:critic_error - values-two-equal:critic_error"),
     ("later", "with as many steps, the second critic brings more than the third and fourth",
      "values-one:fitted_error - values-two-equal:fitted_error - values-two-equal:fitted_error"
      " + values-four-equal:fitted_error"),
@@ -435,7 +439,7 @@ CLAIMS = [
     # Added when five seeds of these were known, as the steps come from passing over the answers 6 times, not 3:
     ("later", "two critics are nearer to the true values than one, if both pass over their answers 6 times",
      "values-one-equal:fitted_error - values-two-equal:fitted_error"),
-    ("later", "before the critics' update, too, if both pass over their answers 6 times",
+    ("later", "before the critics' update, two are nearer than one, if both pass over their answers 6 times",
      "values-one-equal:critic_error - values-two-equal:critic_error"),
 ]
 
@@ -843,9 +847,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table_of(results))
     for label, judged in SETS.items():
         if any(of_seeds(results, judged).values()):
-            print(f"\n{label}:\n\n{gate(results, judged)}")
-    if given.quick:
-        print("\none seed: no intervals, nothing is decided")
+            print(f"\n{'one seed: no intervals, nothing is decided' if given.quick else label}\n\n"
+                  + gate(results, judged))
     seconds = [found["seconds"] for by_seed in results.values() for found in by_seed.values()]
     print(f"\n{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of one core; numbers and pictures are in {out}")
     return 2 if failed else 0
