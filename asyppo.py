@@ -102,7 +102,7 @@ class Config:
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
     # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36, the
-    # rest is the critics' word. It fits the toy's 20 to 50 tokens; for the longer answers of real models, 0.99.
+    # rest is the critics' word. It fits the toy's 20 to 30 tokens; for the longer answers of real models, 0.99.
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.95, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
@@ -117,7 +117,7 @@ class Config:
                                    "the task's own; a quarter when the base is the actor's checkpoint)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps): they will hardly "
-                                           "differ")
+                                      "differ")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
     critic_lr: float = option(3e-3, "critics' learning rate (Adam); 5e-5 with --model")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
@@ -499,7 +499,7 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     advantages = advantages.detach().masked_fill(~valid, 0)
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid, 0)
+    per_token = adv_keep * surrogate + beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)
     lengths = valid.sum(dim=1).clamp(min=1)
     loss = -(per_token.masked_fill(~valid, 0).sum(dim=1) / lengths).mean()
     with torch.no_grad():

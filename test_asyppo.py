@@ -366,6 +366,10 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
         loss.backward()
         assert loss.item() == pytest.approx(clean.item()) and all(leaf.grad.isfinite().all() for leaf in leaves)
         assert all(math.isfinite(float(v)) for v in stats.values())
+    filtered = {**inputs, "entropy": inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, float("inf")).requires_grad_()}
+    loss = asyppo.policy_loss(**filtered)[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(clean.item()) and filtered["entropy"].grad.isfinite().all()
     empty = {k: torch.cat([v, torch.zeros(1, 9)]) if torch.is_tensor(v) else v for k, v in inputs.items()}
     assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
 
@@ -1464,9 +1468,17 @@ def test_the_toy_starts_where_there_is_room_to_learn():
 def test_another_pretraining_is_another_and_kept_beside_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_task, "CACHE", tmp_path)
     monkeypatch.setattr(toy_task, "TINY", {name: tiny | {"steps": 2} for name, tiny in toy_task.TINY.items()})
+    pretrained, real = [], toy_task.pretrain
+
+    def pretrain(model, tokenizer, name, *rest):  # the name seeds the demonstrations
+        pretrained.append(name)
+        real(model, tokenizer, name, *rest)
+
+    monkeypatch.setattr(toy_task, "pretrain", pretrain)
     first, other = toy_task.models(""), toy_task.models("14")
     monkeypatch.setenv("TOY_PRETRAINING", "14")
     assert toy_task.models() == other and toy_task.models("") == first
+    assert pretrained == ["actor", "critic", "actor 14", "critic 14"]
     assert len(list(tmp_path.iterdir())) == 2
     for a, b in zip(first, other):
         one, two = (toy_task.load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"] for folder in (a, b))
@@ -1741,6 +1753,21 @@ def test_a_stopped_experiment_stops_its_runs_and_keeps_what_is_done(short_experi
     assert "stopped; the same command goes on" in capsys.readouterr().err
     assert started and all(child.wait(10) == -signal.SIGTERM for child in started)
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"asyppo-utd8"}
+
+
+def test_a_run_is_given_the_pretraining_of_its_seed(tmp_path, monkeypatch):
+    given = {}
+
+    def popen(command, env, **rest):
+        given[int(command[command.index("--seed") + 1])] = env["TOY_PRETRAINING"]
+        raise RuntimeError("this is as far as it goes")
+
+    monkeypatch.setenv("TOY_PRETRAINING", "7")  # of the caller's, which is none of the experiment's
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    for seed in (1, 13, 14, 21):
+        with pytest.raises(RuntimeError, match="as far as"):
+            toy_task.run("values-two", seed, tmp_path, set())
+    assert given == {1: "", 13: "", 14: "14", 21: "21"}
 
 
 def test_commands_can_be_repeated_by_hand(capsys):
