@@ -37,6 +37,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -46,7 +47,7 @@ from tokenizers import Regex, Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from tokenizers import pre_tokenizers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # ------------------------------------------------------------------------------------------------- problems, reward
 
@@ -264,6 +265,211 @@ def models(pretraining: str | None = None) -> tuple[str, str]:
 # asyppo.py.
 # ######################################################################################################################
 
+# ------------------------------------------------------------------------------------------------- looking at runs
+
+
+def look(learner, batch) -> dict:
+    """Called by a run with every evaluation but the first. With TOY_TRUE_VALUES in the environment, compare V_bar with
+    the true value of so many states: as the critics predicted it, and after they were fitted to the batch."""
+    count = int(os.environ.get("TOY_TRUE_VALUES", 0))
+    return true_values(learner, batch, {"critic": batch.predicted, "fitted": batch.v_bar}, count) if count else {}
+
+
+def true_values(learner, batch, guesses: dict, count: int, continuations: int = 32) -> dict:
+    """How far could values be predicted at all, and how far did the critics get? Slow: for looking only.
+
+    The true V(s_t) of a state is the mean reward (undiscounted) of endings sampled from it by the current policy. For
+    `count` states drawn from the batch, `continuations` endings each give nearly that. The variance of the return is
+    then E[Var(R | s)], which nobody can predict, plus Var(V). Returned, corrected for the finite number of endings:
+    true_explained = Var(V) / Var(R), what a perfect critic would explain; and for each of `guesses`, values [B, T],
+    NAME_explained, what they explain on the same states, and NAME_error, their root mean square error against V.
+    """
+    import asyppo
+    generator, cpu_generator = asyppo.generators(learner, -2)
+    problems, config, P = learner.train_problems, learner.config, batch.prompt_width
+    states = batch.mask.nonzero()  # [N, 2]: row, t
+    states = states[torch.randperm(len(states), generator=cpu_generator)[:count].to(states.device)]
+    states, truth, within = states[states[:, 1].argsort(stable=True)], [], []
+    for t in states[:, 1].unique().tolist():  # states at the same place have the same room left to end in
+        rows = states[states[:, 1] == t, 0].repeat_interleave(continuations)
+        index, written = batch.problem[rows].tolist(), batch.tokens[rows, P:P + t].tolist()
+        endings = asyppo.generate(learner.actor, [problems.prompts[i] + w for i, w in zip(index, written)],
+                                  config.max_new_tokens - t, config.temperature, learner.end_ids, learner.pad_id,
+                                  generator, config.sample_batch)
+        texts = [learner.tokenizer.decode(w) + text for w, text in zip(written, asyppo.answer_texts(learner, endings))]
+        scores = torch.tensor([learner.reward(text, problems.examples[i]) for text, i in zip(texts, index)])
+        truth.append(scores.view(-1, continuations).mean(1))
+        within.append(scores.view(-1, continuations).var(1))
+    truth, within = torch.cat(truth), torch.cat(within).mean()
+    luck = within / continuations  # what the finite number of endings adds to every variance and square below
+    total = truth.var() - luck + within
+    found = {"true_explained": float((truth.var() - luck) / total)}
+    for name, values in guesses.items():
+        error = values[states[:, 0], states[:, 1]].cpu() - truth
+        found[f"{name}_explained"] = float(1 - (error.var() - luck + within) / total)
+        found[f"{name}_error"] = float((error.square().mean() - luck).clamp(min=0).sqrt())
+    return found
+
+
+PANELS = ["eval_accuracy", "reward"], ["explained_variance"], ["sigma_mean"], ["entropy"], ["response_length"], [
+    "kl", "clip_fraction"]
+
+
+def draw(out: Path) -> None:
+    """The pictures of a run, from what it left in its directory: curves.png and tokens.png."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, keys in zip(figure.subplots(2, 3).flat, PANELS):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            axis.plot(*zip(*points), "o-" if key == "eval_accuracy" else "-", label=key) if points else None
+        axis.set(title=", ".join(keys).replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend() if len(keys) > 1 and axis.lines else None
+    figure.savefig(out / "curves.png", dpi=110)
+    batch = SimpleNamespace(**load_file(out / "last_batch.safetensors"))
+    draw_answer(AutoTokenizer.from_pretrained(out / "actor"), batch, out / "tokens.png")
+
+
+def draw_answer(tokenizer, batch, path: Path) -> None:
+    """One answer of the batch, token by token: values, disagreement, and what was masked or filtered. Of the wrong
+    answers (else of all), if possible of those with both a masked and a filtered token, the one in which V_bar falls
+    furthest: a mistake that the critics have seen."""
+    P, scores, valid = batch.tokens.shape[1] - batch.mask.shape[1], batch.rewards.sum(1), batch.mask.bool()
+    values = getattr(batch, "values", torch.zeros(1, *batch.mask.shape))  # GRPO has none
+    v_bar = getattr(batch, "v_bar", values[0])
+    falls = ((v_bar.cummax(dim=1).values - v_bar) * batch.mask).max(1).values
+    both = ((batch.adv_keep == 0) & valid).any(1) & ((batch.ent_keep == 0) & valid).any(1)
+    row = int((falls + 1e2 * both + 1e4 * (scores < scores.max())).argmax())
+    x = range(min(int(batch.mask[row].sum()), 120))  # of a longer answer, the beginning
+    sigma, advantages, adv_keep, ent_keep = (getattr(batch, name)[row].tolist()
+                                             for name in ("sigma", "advantages", "adv_keep", "ent_keep"))
+    prompt = tokenizer.decode(batch.tokens[row, :P][batch.attention[row, :P].bool()])[-200:]
+    texts = [tokenizer.decode([i]).replace("\n", "\\n").replace("$", r"\$") for i in batch.tokens[row, P:].tolist()]
+    texts = ["".join(c if c.isprintable() else "?" for c in text) for text in texts[:len(x)]]  # half-characters
+
+    figure = Figure(figsize=(max(8, 0.36 * len(x)), 7), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.5, 2])
+    for m, critic in enumerate(values[:, row].tolist(), 1):
+        top.plot(x, critic[:len(x)], "-", alpha=0.6, label=f"critic {m}")
+    top.plot(x, v_bar[row].tolist()[:len(x)], "ko-", markersize=3, label="V_bar")
+    top.axhline(float(scores[row]), color="gray", linestyle=":", label="reward")
+    top.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    top.set_ylabel("value before the token")
+    middle.bar(x, sigma[:len(x)], color=["tab:purple" if ent_keep[t] else "tab:orange" for t in x])
+    middle.set_ylabel("sigma\n(orange: no\nentropy bonus)")
+    bottom.bar(x, advantages[:len(x)], color=["tab:green" if adv_keep[t] else "silver" for t in x])
+    bottom.set_ylabel("advantage\n(gray: masked)")
+    bottom.set_xticks(x, texts, family="monospace", rotation=90 if max(map(len, texts)) > 3 else 0)
+    title = prompt.replace("$", r"\$") + "".join(texts)
+    figure.suptitle(f"{title}   reward {scores[row]:g}", family="monospace", fontsize=10, wrap=True)
+    with warnings.catch_warnings(action="ignore"):  # of characters that the font does not have
+        figure.savefig(path, dpi=110)
+
+
+def floor_seconds(learner, batch) -> float:
+    """The same tokens through the bare models: no sampling, no losses, no masks, no optimizer, nothing but forward and
+    backward in the same microbatches, and decoding with a cache over as many rows as were being written. Like the step
+    it is the floor of, it pads the batch and values it before and after the critics' update."""
+    import asyppo
+    config, P, lengths = learner.config, batch.prompt_width, batch.mask.sum(1)
+    started = time.perf_counter()
+    learner.actor.eval()  # as generate() does
+    with torch.no_grad(), asyppo.mixed_precision(lengths.device):
+        for rows in torch.arange(len(lengths), device=lengths.device).split(config.sample_batch):
+            rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+            inputs, cache = batch.tokens[rows, :P], None
+            for t in range(int(lengths[rows].max())):
+                cache = learner.actor(input_ids=inputs, attention_mask=batch.attention[rows, :P + t],
+                                      past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+                writing = int((lengths[rows] > t + 1).sum())
+                if writing < len(rows):
+                    rows = rows[:writing]
+                    cache.batch_select_indices(torch.arange(writing, device=rows.device))
+                inputs = batch.tokens[rows, P + t, None]
+
+    def forward(model, of, backward: bool):
+        with torch.set_grad_enabled(backward):
+            for index in asyppo.microbatches(of, config.micro_batch_tokens):
+                part = of.rows(index)
+                # Of the actor, logits where the answers are, as in training.
+                kept = {"logits_to_keep": part.mask.shape[1] + 1} if model is learner.actor else {}
+                with asyppo.mixed_precision(lengths.device):
+                    output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False, **kept)[0]
+                if backward:
+                    output.mean().backward()
+
+    for critic in learner.critics:
+        for _ in range(2):
+            forward(critic.backbone, batch, backward=False)
+        share = len(batch.mask) // (1 if config.shared_data else len(learner.critics))
+        for _ in range(config.critic_epochs):
+            for rows in torch.arange(share, device=lengths.device).split(config.critic_batch):
+                forward(critic.backbone, batch.rows(rows), backward=True)
+    for _ in range(config.utd):
+        forward(learner.actor, batch, backward=True)
+    if lengths.device.type == "cuda":
+        torch.cuda.synchronize()
+    for model in (learner.actor, *learner.critics):
+        model.zero_grad()
+    return time.perf_counter() - started
+
+
+def peak_memory(device: torch.device, run) -> float:
+    """MiB of tensors that run() comes to hold at once, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # allocated, or (< 0) freed
+    held = torch.tensor([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())]).cumsum(0)
+    return float(held.max()) / 2**20
+
+
+def profile(flags: list[str], repeats: int = 5) -> None:
+    """Time whole steps of AsyPPO, GRPO and symmetric PPO in turn, on the very same answers (learning rates are all but
+    0, so the actors stay equal), and each one's floor right after it. Medians; ratios within a repeat. Peak memory is
+    measured in a step before the first, as watching it takes time."""
+    import asyppo
+    phases, learners, times, peaks, rates = ["rollout", "critic", "actor"], {}, {}, {}, []
+    for algo in ("asyppo", "grpo", "ppo"):
+        config = asyppo.parse(["--algo", algo, *flags, "--lr", "1e-12", "--critic-lr", "1e-12", "--critic-warmup", "0"])
+        if learners:
+            config.level = learners["asyppo"].config.level  # chosen once
+        asyppo.check(config)
+        learner = learners[algo] = asyppo.make_learner(config, asyppo.load_task(config.task))
+        learner.actor, learner.optimizers[0] = learners["asyppo"].actor, learners["asyppo"].optimizers[0]
+    for repeat in range(repeats + 1):
+        for algo, learner in learners.items():
+            if repeat == 0:
+                asyppo.train_step(learner, step=1)  # warms up, and makes the optimizers' moments
+                # The others' critics are there, too: count what a step comes to need, and what its own models keep.
+                kept = sum(12 * p.numel() for model in (learner.actor, *learner.critics) for p in model.parameters())
+                peaks[algo] = kept / 2**20 + peak_memory(learner.device, lambda: asyppo.train_step(learner, step=1))
+                continue
+            batch, metrics = asyppo.timed_step(learner, step=repeat + 1)
+            rates.append(metrics["generated_tokens_per_second"])
+            spent = [metrics[f"seconds_{phase}"] for phase in phases]
+            times.setdefault(algo, []).append([*spent, sum(spent), floor_seconds(learner, batch)])
+    print(f"{'seconds':8s}" + "".join(f"{word:>10s}" for word in [*phases, "step", "floor"]) + "   step/floor")
+    times = {algo: torch.tensor(laps) for algo, laps in times.items()}
+    for algo, laps in times.items():
+        print(f"{algo:8s}" + "".join(f"{x:10.3f}" for x in laps.median(dim=0).values.tolist()) + "   "
+              + spread(laps[:, 3] / laps[:, 4]))
+    for other in ("grpo", "ppo"):
+        print(f"step of asyppo / step of {other}: " + spread(times["asyppo"][:, 3] / times[other][:, 3]))
+        print(f"peak memory of asyppo / of {other}: {peaks['asyppo'] / peaks[other]:.3f}")
+    print("peak memory (MiB): " + ", ".join(f"{algo} {peak:,.0f}" for algo, peak in peaks.items()))
+    print(f"generated tokens per second: {torch.tensor(rates).median():.0f}")
+
+
+def spread(ratios: torch.Tensor) -> str:
+    return f"{ratios.median():.3f} ({ratios.min():.2f} to {ratios.max():.2f} in {len(ratios)} repeats)"
+
+
 SEEDS, TUNING_SEEDS = (1, 2, 3, 4, 5), (101, 102)
 CONFIRM_SEEDS = (6, 7, 8, 9, 10, 11, 12, 13)
 MODEL_SEEDS = (14, 15, 16, 17, 18, 19, 20, 21)  # each with actor and mini-critics of its own pretraining
@@ -299,7 +505,6 @@ def of(algo: str, flags: str, pace: str = SLOW) -> str:
 # name: flags of asyppo.py, to which seed and directory are added; of a flag given twice the last counts
 RUNS = {f"{algo}-utd{utd}": of(algo, f"--utd {utd}") for algo, utds in {
     "asyppo": (8, 4, 1), "grpo": (8, 4, 1), "ppo": (8, 4), "naive": (4,)}.items() for utd in utds}
-RUNS["asyppo-utd4"] += " --true-values 150"
 RUNS |= {name: of("asyppo", flags) for name, flags in {
     "shared": "--shared-data", "min": "--aggregate min", "scratch": "--critic-scratch --true-values 150",
     "warmup": "--critic-warmup 2",
