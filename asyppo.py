@@ -48,6 +48,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -247,7 +248,7 @@ def explained_variance(values, returns, mask):
 class Batch:
     """A batch of answers and all that belongs to their tokens; column P + t of `tokens` is o_t, the answer's token t.
 
-    generate makes the first six, sample_and_grade adds two, and train_step fills in the others in this order."""
+    generate makes the first seven, sample_and_grade adds two, and train_step fills in the others in this order."""
 
     tokens: torch.Tensor     # [B, P+T] long; prompts end at column P-1, answers start at column P
     attention: torch.Tensor  # [B, P+T] 1 on prompt and answer tokens, 0 on either padding
@@ -255,6 +256,7 @@ class Batch:
     logprobs: torch.Tensor   # [B, T] log pi_old(o_t | s_t), noted while sampling
     entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
     truncated: torch.Tensor  # [B] bool: the length limit came before an end token
+    sizes: torch.Tensor      # [B, 2] long: how many tokens the prompt and the answer have; on the CPU, like all `index`
     problem: torch.Tensor = None     # [B] long, the row of the problem that was answered
     rewards: torch.Tensor = None     # [B, T] r_t: the verifier's R on the last token, 0 before
     predicted: torch.Tensor = None   # [B, T] V_bar before the critics have seen this batch
@@ -271,11 +273,12 @@ class Batch:
         return self.tokens.shape[1] - self.mask.shape[1]
 
     def rows(self, index: torch.Tensor) -> "Batch":
-        """The answers numbered by `index`, without the padding beyond the longest of them."""
-        T = int(self.mask[index].sum(1).max())
-        width = {"tokens": self.prompt_width + T, "attention": self.prompt_width + T}
-        return Batch(**{name: x if x is None else x[index] if x.dim() == 1 else x[..., index, :width.get(name, T)]
-                        for name, x in vars(self).items()})
+        """The answers numbered by `index`, without the padding that none of them needs."""
+        (p, t), P = self.sizes[index].amax(0).tolist(), self.prompt_width
+        columns = {"tokens": slice(P - p, P + t), "attention": slice(P - p, P + t)}
+        where = index.to(self.mask.device)
+        return Batch(**{name: x if x is None else x[index] if name == "sizes" else x[where] if x.dim() == 1 else
+                        x[..., where, columns.get(name, slice(t))] for name, x in vars(self).items()})
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
@@ -289,8 +292,10 @@ def positions(attention: torch.Tensor) -> torch.Tensor:
 
 
 def mixed_precision(device: torch.device):
-    """On a GPU, the matrix products of a model's body run in bf16, from float32 weights; on a CPU, nothing changes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """On a GPU, the matrix products of a model's body run in bf16, from float32 weights; on a CPU, or on a GPU that
+    could only emulate bf16 (before Ampere), nothing changes."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
 class HalfCache(DynamicCache):
@@ -309,7 +314,7 @@ def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float, end_ids: list[int], pad_id: int,
              generator: torch.Generator, at_once: int = 256) -> Batch:
-    """Sample one answer to each of `prompts` (token ids). Repeat a prompt for several answers.
+    """Sample one answer to each of `prompts` (token ids). Repeat a prompt for several answers: it is read only once.
 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
@@ -330,13 +335,20 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
     with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
         for alive in torch.arange(B, device=device).split(at_once):  # rows being written; finished ones leave
-            # The first pass reads the prompts [B, P]; every later one a new token per row [alive, 1] and the cache.
-            inputs, place = tokens[alive, :P], positions(attention[alive, :P])
+            # The first pass reads each different prompt once [N, P]; its state and cache are then repeated for the
+            # prompt's answers. Every later pass reads a new token per row [alive, 1] and the cache.
+            both = torch.cat([tokens[alive, :P], attention[alive, :P]], dim=1)
+            different, repeat = torch.unique(both, dim=0, return_inverse=True)
+            (inputs, seen), place = different.split(P, dim=1), positions(different[:, P:])
             cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
             for t in range(T):
-                output = model.base_model(input_ids=inputs, attention_mask=attention[alive, :P + t], position_ids=place,
+                output = model.base_model(input_ids=inputs, attention_mask=seen, position_ids=place,
                                           past_key_values=cache, use_cache=True)
-                logp = logits_of(model, output.last_hidden_state[:, -1], temperature).log_softmax(-1)  # [alive, V]
+                hidden, cache = output.last_hidden_state[:, -1], output.past_key_values
+                if t == 0:
+                    hidden, place = hidden[repeat], place[repeat]
+                    cache.batch_select_indices(repeat)
+                logp = logits_of(model, hidden, temperature).log_softmax(-1)  # [alive, V]
                 token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
                 tokens[alive, P + t] = token
                 attention[alive, P + t] = 1
@@ -348,14 +360,16 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                 width = max(width, t + 1)  # nobody writes beyond the longest answer
                 if len(going) == 0:
                     break
-                cache = output.past_key_values
                 if len(going) < len(alive):
                     cache.batch_select_indices(going)  # drops finished rows
                 alive, inputs, place = alive[going], token[going, None], place[going, -1:] + 1
+                seen = attention[alive, :P + t + 1]
 
     model.train(training)
-    return Batch(tokens[:, :P + width], attention[:, :P + width], attention[:, P:P + width].float(),
-                 logprobs[:, :width], entropy[:, :width], truncated)
+    mask = attention[:, P:P + width].float()
+    sizes = torch.stack([torch.tensor(list(map(len, prompts))), mask.sum(1).long().cpu()], dim=1)
+    return Batch(tokens[:, :P + width], attention[:, :P + width], mask, logprobs[:, :width], entropy[:, :width],
+                 truncated, sizes)
 
 
 def states_before(backbone, batch: Batch) -> torch.Tensor:
@@ -384,7 +398,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
 
     valid = batch.mask.bool()
     hidden, token = states_before(model.base_model, batch)[valid], batch.tokens[:, batch.prompt_width:][valid]
-    chunk = max(1, chunk_elements // model.config.vocab_size)
+    chunk = max(1, chunk_elements // len(model.get_output_embeddings().weight))
     parts = [checkpoint(head_chunk, h, o, use_reentrant=False, preserve_rng_state=False)
              for h, o in zip(hidden.split(chunk), token.split(chunk))]
     logprobs, entropy = (torch.cat(pieces) for pieces in zip(*parts))
@@ -392,19 +406,20 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
     return zeros.masked_scatter(valid, logprobs), zeros.masked_scatter(valid, entropy)
 
 
-def microbatches(batch: Batch, token_budget: int):
-    """Yield row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
+def microbatches(batch: Batch, token_budget: int) -> list[torch.Tensor]:
+    """Row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
 
     Every loss below is a mean, over answers or over tokens. If the caller weights each group's loss by its part of that
     mean (as update_critic and update_actor do), the gradients add up to that of one big batch, whatever the budget."""
-    lengths = batch.mask.sum(1).long()
-    order, group = lengths.argsort(stable=True), []
-    for row, length in zip(order.tolist(), lengths[order].tolist()):
-        if group and (len(group) + 1) * (batch.prompt_width + length) > token_budget:
-            yield torch.tensor(group, device=lengths.device)
-            group = []
-        group.append(row)
-    yield torch.tensor(group, device=lengths.device)
+    groups, widest = [[]], torch.zeros(2, dtype=torch.long)
+    for row in batch.sizes.sum(1).argsort(stable=True).tolist():
+        grown = torch.maximum(widest, batch.sizes[row])  # of the group's prompts and answers, if this row joins it
+        if groups[-1] and (len(groups[-1]) + 1) * int(grown.sum()) > token_budget:
+            groups.append([])
+            grown = batch.sizes[row]
+        groups[-1].append(row)
+        widest = grown
+    return [torch.tensor(group) for group in groups]
 
 
 # =============================================================================================== 3 Mini-critics
@@ -413,19 +428,28 @@ def microbatches(batch: Batch, token_budget: int):
 def load_pretrained(auto_class, name: str, layers: int = 0):
     """`auto_class`.from_pretrained in float32 and without dropout (which would make the first pass's ratio differ from
     1); if `layers` is given, only the first so many layers: how a mini-critic is cut from an actor's checkpoint."""
+    if (Path(name) / "adapter_config.json").exists():
+        raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
-    for key, value in config.to_dict().items():
+    sizes = config.get_text_config()  # of a model that also sees, the part that writes
+    if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
+        raise ValueError("models that are quantised or cap their logits are not supported")
+    for key, value in sizes.to_dict().items():
         if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    if layers > config.num_hidden_layers:
-        raise ValueError(f"it has only {config.num_hidden_layers} layers, not {layers}")
-    if layers:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+            setattr(sizes, key, 0.0)
+        if layers and isinstance(value, list) and len(value) == sizes.num_hidden_layers:  # the kinds of its layers
+            setattr(sizes, key, value[:layers])
+    if layers > sizes.num_hidden_layers:
+        raise ValueError(f"it has only {sizes.num_hidden_layers} layers, not {layers}")
+    sizes.num_hidden_layers = layers or sizes.num_hidden_layers
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
+    with tempfile.TemporaryDirectory() as folder:  # what cannot be saved and loaded is refused now, not after training
+        model.config.save_pretrained(folder)
+        AutoConfig.from_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     return model
 
 
@@ -440,9 +464,10 @@ class MiniCritic(nn.Module):
     def __init__(self, backbone, generator: torch.Generator | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size, 1)
+        width = backbone.config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1)
         # Small, so that values start near 0; random, so that even critics trained on the same data are not identical.
-        nn.init.normal_(self.head.weight, std=1 / (backbone.config.hidden_size + 1), generator=generator)
+        nn.init.normal_(self.head.weight, std=1 / (width + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -513,7 +538,7 @@ def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Gene
 def answer_texts(learner: Learner, batch: Batch) -> list[str]:
     """The answers as text, without the end token."""
     texts = []
-    for row, length in zip(batch.tokens[:, batch.prompt_width:].tolist(), batch.mask.sum(1).long().tolist()):
+    for row, length in zip(batch.tokens[:, batch.prompt_width:].tolist(), batch.sizes[:, 1].tolist()):
         row, rest = row[:length], ""
         if row and row[-1] in learner.end_ids:  # a line break, where it ends answers, may share a token: "}\n\n"
             rest, newline, _ = learner.tokenizer.decode(row.pop()).partition("\n")
@@ -557,7 +582,7 @@ def update_critic(learner: Learner, m: int, batch: Batch, shard: torch.Tensor, g
     """Critic m's regression on its shard (row numbers), critic_epochs times, an optimizer step per critic_batch."""
     config, critic = learner.config, learner.critics[m]
     for _ in range(config.critic_epochs):
-        order = shard[torch.randperm(len(shard), generator=generator).to(shard.device)]
+        order = shard[torch.randperm(len(shard), generator=generator)]
         for rows in order.split(config.critic_batch):
             minibatch = batch.rows(rows)
             for index in microbatches(minibatch, config.micro_batch_tokens):
@@ -608,7 +633,7 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
         # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's. So on any
         # answer, one critic has just been fitted to how it ended and the others have never seen it: that is part of
         # what sigma measures. And V_bar has half seen the outcome, which shrinks the advantages.
-        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator).to(mask.device)
+        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
         shuffle = cpu_generator.get_state()  # all critics shuffle alike: but for their heads, only data sets them apart
         for m in range(len(critics)):
             shard = torch.ones_like(owner) if config.shared_data else owner == m
@@ -759,7 +784,7 @@ def in_one_line(error: BaseException) -> str:
 def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float."""
     with saying(f"--task {path}"):
-        sys.path.append(str(Path(path).resolve().parent))  # for helpers that lie beside it
+        sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         loader = importlib.machinery.SourceFileLoader("task", path)
         task = sys.modules["task"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("task", loader))
         loader.exec_module(task)
@@ -780,13 +805,20 @@ def checked(reward: Callable) -> Callable:
 def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     """A prompt's token ids. Text gets the special tokens that the tokenizer gives any text. Chat messages go through
     its chat template, with thinking switched off where there is a switch; a tokenizer without one (a base model's) gets
-    them as plain text: the contents, a line each, a blank line between exchanges."""
+    them as plain text: the contents, a line each, a blank line between exchanges. If the last message is the
+    assistant's, the answer continues it. Token ids stay what they are."""
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
+    if all(isinstance(i, int) for i in prompt):
+        return prompt
+    joined = [m["content"] if isinstance(m["content"], str) else "".join(part["text"] for part in m["content"])
+              for m in prompt]  # a message may come in parts; one without text is an error here
+    prompt, begun = [m | {"content": text} for m, text in zip(prompt, joined)], prompt[-1]["role"] == "assistant"
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in prompt)
-        return tokenizer(text).input_ids
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        return tokenizer(text.rstrip("\n") if begun else text).input_ids
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=not begun, continue_final_message=begun,
+                                         tokenize=False, enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written what special tokens it wants
     begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # a begin token that it has left to the tokenizer?
     return ids if not begins or ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
@@ -797,10 +829,13 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     what, tokenizer, room = f"problems({split!r})", learner.tokenizer, learner.config.max_new_tokens
     models = [learner.actor, *(critic.backbone for critic in learner.critics)]
     entries = min(model.get_input_embeddings().num_embeddings for model in models)
-    context = min(getattr(model.config, "max_position_embeddings", None) or math.inf for model in models)
+    context = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+                  for model in models)
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    with saying(what):
-        examples = task.problems(split, learner.config.seed, **({"level": level} if level else {})).with_format(None)
+    levels = {str(known): known for known in getattr(task, "LEVELS", [])}
+    with saying(f"{what} must return a datasets.Dataset with a column 'prompt'"):
+        more = {"level": levels.get(level, level)} if level else {}
+        examples = task.problems(split, learner.config.seed, **more).with_format(None)
         if len(examples) < at_least:
             raise ValueError(f"{len(examples)} rows, but {at_least} are needed")
         texts = examples["prompt"]
@@ -823,7 +858,7 @@ def choose_level(learner: Learner, task, sample: int = 32) -> str:
     """Of the task's LEVELS, which go from easy to hard, the one whose share of right answers is nearest to 40 %: there
     a group's answers differ most. Stops where two levels in a row are all but hopeless."""
     shares = {}
-    for level in task.LEVELS:
+    for level in map(str, task.LEVELS):
         problems = load_problems(learner, task, "train", sample, level)
         batch = sample_and_grade(learner, problems, list(range(sample)), generators(learner, -3)[0])
         shares[level] = float(batch.rewards.sum(1).mean())
@@ -851,7 +886,9 @@ def make_learner(config: Config, task) -> Learner:
     with saying(f"--model {name}{missing}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
         check_model(actor)  # still on the CPU, in float32
-    layers = config.critic_layers or (0 if critic_name else max(1, actor.config.num_hidden_layers // 4))
+        if not (ends := end_ids(actor, tokenizer)):
+            print("warning: neither model nor tokenizer has an end token; every answer runs to --max-new-tokens")
+    layers = config.critic_layers or (0 if critic_name else max(1, layers_of(actor) // 4))
     with saying(f"--critic-model {critic_name or name}"):
         critics = make_critics(config, critic_name or name, layers)
         vocabulary = AutoTokenizer.from_pretrained(critic_name or name).get_vocab()
@@ -859,15 +896,16 @@ def make_learner(config: Config, task) -> Learner:
             raise ValueError("its tokenizer is not the actor's, whose tokens critics must read; without this flag they "
                              "are the actor's first layers")
     for model in (actor, *critics):
-        model.to(device).eval()  # whatever a model does at random, it does in train mode
+        with saying("the models do not fit into the GPU's memory"):
+            model.to(device).eval()  # whatever a model does at random, it does in train mode
         if config.activation_checkpointing:  # works in train mode only; all dropout is 0
             with saying("--activation-checkpointing: not with this model"):
                 getattr(model, "backbone", model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
                   for model, lr in [(actor, config.lr), *((critic, config.critic_lr) for critic in critics)]]
-    learner = Learner(config, actor, critics, optimizers, tokenizer, end_ids(actor, tokenizer),
-                      tokenizer.pad_token_id or 0, checked(task.reward))  # 0: any id does, masks come from lengths
+    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, tokenizer.pad_token_id or 0,
+                      checked(task.reward))  # pad id 0: any does, as masks come from lengths
     if config.level == "auto":
         chosen = choose_level(learner, task) if config.model and getattr(task, "LEVELS", None) else ""
         config = learner.config = replace(config, level=chosen)
@@ -895,16 +933,18 @@ def end_ids(model, tokenizer) -> list[int]:
 def check_model(model) -> None:
     """We give a model positions, drop rows from its cache and apply its output head ourselves. Refuse one with which
     that does not work, or that computes its logits in another way."""
-    prompts = [[i % model.config.vocab_size for i in range(n)] for n in (8, 7, 6, 5, 4, 3)]
+    entries = model.get_input_embeddings().num_embeddings
+    prompts = [[i % entries for i in range(n)] for n in (8, 7, 6, 5, 4, 3)]
     first = generate(model, prompts, 3, 1.0, [-1], 0, torch.Generator().manual_seed(0))
     ends = [int(first.tokens[1, 8])]  # what the second answer began with: now it leaves early, others stay
     batch = generate(model, prompts, 3, 1.0, ends, 0, torch.Generator().manual_seed(0))
-    ours, _ = logprobs_and_entropy(model, batch, 1.0)
-    logp = model(input_ids=batch.tokens[:1], use_cache=False).logits.float().log_softmax(-1)[0, 7:-1]
-    theirs = logp.gather(1, batch.tokens[0, 8:, None])[:, 0] * batch.mask[0]
-    if not torch.allclose(ours[0], theirs, atol=1e-3) or not torch.allclose(ours, batch.logprobs, atol=1e-3):
-        raise ValueError("its logits are not just head(hidden state) (soft-capped or scaled), or its cache or "
-                         "positions are used in another way; such models are not supported")
+    scored, _ = logprobs_and_entropy(model, batch, 1.0)
+    ours = logits_of(model, states_before(model.base_model, batch.rows(torch.tensor([0])))[0], 1.0)
+    theirs = model(input_ids=batch.tokens[:1], use_cache=False).logits[0, 7:7 + len(ours)].float()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+        raise ValueError("its logits are not just head(hidden state), but capped or scaled; that is not supported")
+    if not torch.allclose(scored, batch.logprobs, rtol=1e-4, atol=1e-3):
+        raise ValueError("its cache or positions are used in another way than usual; that is not supported")
 
 
 # =============================================================================================== 7 The run
@@ -1020,12 +1060,16 @@ def as_json(row: dict) -> str:
     return json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n"
 
 
+def layers_of(model) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
 def describe(learner: Learner) -> str:
     """A line for each model. Memory: float32 weights and Adam's two moments; checkpoint.pt takes as much."""
     lines = []
     for name, model in [("actor", learner.actor), *((f"critic {m}", c) for m, c in enumerate(learner.critics, 1))]:
-        layers = getattr(model, "backbone", model).config.num_hidden_layers
         count = sum(p.numel() for p in model.parameters())
+        layers = layers_of(getattr(model, "backbone", model))
         lines.append(f"{name:10s}{layers:4d} layers {count:14,d} parameters {12 * count / 2**20:10.1f} MiB")
     return "\n".join(lines)
 
@@ -1148,7 +1192,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("ASYPPO_TRACEBACK"):  # for whoever debugs a task
             raise
         line, code = str(error) if isinstance(error, UserError) else in_one_line(error) + again, 2
-        if "out of memory" in line:
+        if isinstance(error, torch.OutOfMemoryError):
             line += ". Lower --sample-batch if it came while sampling, else --micro-batch-tokens, or add " \
                     "--activation-checkpointing"
         if "non-finite" in line or "probability tensor" in line:  # clip_grad_norm_'s and multinomial's words

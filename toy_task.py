@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
