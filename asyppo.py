@@ -57,6 +57,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers and datasets are imported
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -487,6 +488,10 @@ def make_critics(config: "Config", name: str, layers: int) -> list[MiniCritic]:
             random = AutoModel.from_config(backbones[0].config).state_dict()
         for backbone in backbones:  # the same random weights for all, as the pretrained ones are the same
             backbone.load_state_dict(random)
+    if config.shared_embeddings and backbones:  # they cost once, without gradient and moments
+        shared = backbones[0].get_input_embeddings().requires_grad_(False)
+        for backbone in backbones:
+            backbone.set_input_embeddings(shared)
     return [MiniCritic(backbone, generator) for backbone in backbones]
 
 
@@ -527,12 +532,46 @@ class Learner:
         return self.actor.device
 
 
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process and how many there are: 0 and 1, unless torchrun has started several.
+
+    Several processes share the work, not the algorithm: shards, whitening and masks belong to the whole batch. So each
+    process samples and grades its part of the answers, and the parts are gathered; then every process values, ranks and
+    masks the same whole batch, and computes the gradient of its share of the microbatches. As every loss carries its
+    part of the mean already, the sum of these gradients is exactly that of one process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def reduced(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or maximum) of x over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x, how)
+    return x
+
+
+def gather(part: Batch, mine: torch.Tensor, B: int, P: int, T: int) -> Batch:
+    """The whole batch of B answers on every process, each of which has its rows `mine`: every process writes them into
+    zeros, and the sum is the whole."""
+    def whole(x, width, left=0):
+        full = x.new_zeros(B, width)
+        full[mine.to(x.device), left:left + x.shape[1]] = x
+        return reduced(full)
+
+    left = P - part.prompt_width
+    batch = Batch(whole(part.tokens, P + T, left), whole(part.attention, P + T, left), whole(part.mask, T),
+                  whole(part.logprobs, T), whole(part.entropy, T), whole(part.truncated[:, None].int(), 1)[:, 0].bool(),
+                  whole(part.sizes.to(part.mask.device), 2).cpu(), rewards=whole(part.rewards, T))
+    return batch.rows(torch.arange(B))
+
+
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
-    """Random generators for one iteration, on the model's device and on the CPU. They depend on the seed and the step
-    alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -2 looking, -3 the trial of
-    levels. The factor is larger than any number of steps: no two pairs of seed and step share a generator.)"""
-    seed = 2 * (1_000_003 * (learner.config.seed + 1) + step)
-    return torch.Generator(learner.device).manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    """Random generators for one iteration, on the model's device for sampling, on the CPU for all else. They depend on
+    the seed and the step alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -2 looking,
+    -3 the trial of levels. The factor is larger than any number of steps: no two pairs of seed and step share a
+    generator.) Of several processes each samples with its own; all else they draw alike."""
+    seed, (rank, _) = 2 * (1_000_003 * (learner.config.seed + 1) + step), rank_and_size()
+    return (torch.Generator(learner.device).manual_seed(seed + 2 * 1_000_003 * 1000 * rank),
+            torch.Generator().manual_seed(seed + 1))
 
 
 def answer_texts(learner: Learner, batch: Batch) -> list[str]:
@@ -550,12 +589,16 @@ def answer_texts(learner: Learner, batch: Batch) -> list[str]:
 def sample_and_grade(learner: Learner, problems: Problems, index: list[int], generator) -> Batch:
     """One answer to each problem numbered by `index`, graded. The reward sits on the answer's last token; an answer cut
     off by the length limit is graded as it stands."""
-    config = learner.config
-    batch = generate(learner.actor, [problems.prompts[i] for i in index], config.max_new_tokens, config.temperature,
+    config, (rank, size), prompts = learner.config, rank_and_size(), [problems.prompts[i] for i in index]
+    mine = torch.arange(len(index)).tensor_split(size)[rank]
+    batch = generate(learner.actor, [prompts[b] for b in mine], config.max_new_tokens, config.temperature,
                      learner.end_ids, learner.pad_id, generator, config.sample_batch)
-    scores = [learner.reward(text, problems.examples[i]) for text, i in zip(answer_texts(learner, batch), index)]
-    batch.problem, batch.rewards = torch.tensor(index, device=batch.mask.device), torch.zeros_like(batch.mask)
-    batch.rewards[torch.arange(len(index)), batch.mask.sum(1).long() - 1] = batch.mask.new_tensor(scores)
+    scores = [learner.reward(text, problems.examples[index[b]]) for text, b in zip(answer_texts(learner, batch), mine)]
+    batch.rewards = torch.zeros_like(batch.mask)
+    batch.rewards[torch.arange(len(mine)), batch.sizes[:, 1] - 1] = batch.mask.new_tensor(scores)
+    if size > 1:
+        batch = gather(batch, mine, len(index), max(map(len, prompts)), config.max_new_tokens)
+    batch.problem = torch.tensor(index, device=batch.mask.device)
     return batch
 
 
@@ -573,6 +616,10 @@ def critic_values(learner: Learner, batch: Batch) -> torch.Tensor:
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """An optimizer step with the gradient clipped to norm 1, which then is freed: only one model's gradient exists at
     a time. A gradient that is not finite raises RuntimeError and never reaches the weights."""
+    for p in model.parameters() if dist.is_initialized() else ():  # a process may have had no microbatch
+        p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
+        if p.requires_grad:
+            reduced(p.grad)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()
@@ -580,12 +627,12 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def update_critic(learner: Learner, m: int, batch: Batch, shard: torch.Tensor, generator) -> None:
     """Critic m's regression on its shard (row numbers), critic_epochs times, an optimizer step per critic_batch."""
-    config, critic = learner.config, learner.critics[m]
+    config, critic, (rank, size) = learner.config, learner.critics[m], rank_and_size()
     for _ in range(config.critic_epochs):
         order = shard[torch.randperm(len(shard), generator=generator)]
         for rows in order.split(config.critic_batch):
             minibatch = batch.rows(rows)
-            for index in microbatches(minibatch, config.micro_batch_tokens):
+            for index in microbatches(minibatch, config.micro_batch_tokens)[rank::size]:
                 part = minibatch.rows(index)
                 loss = critic_loss(critic(part), part.returns, part.mask)
                 (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
@@ -594,20 +641,20 @@ def update_critic(learner: Learner, m: int, batch: Batch, shard: torch.Tensor, g
 
 def update_actor(learner: Learner, batch: Batch) -> list[dict]:
     """`utd` optimizer steps on the batch. Returns the statistics of every pass."""
-    config, passes = learner.config, []
+    config, passes, (rank, size) = learner.config, [], rank_and_size()
     for _ in range(config.utd):
-        total = {"ratio_error": 0.0, "clip_fraction": 0.0, "kl": 0.0}
-        for index in microbatches(batch, config.micro_batch_tokens):
+        worst, means = batch.mask.new_zeros(1), batch.mask.new_zeros(2)
+        for index in microbatches(batch, config.micro_batch_tokens)[rank::size]:
             part = batch.rows(index)
             logprobs, entropy = logprobs_and_entropy(learner.actor, part, config.temperature)
             loss, stats = policy_loss(logprobs, part.logprobs, part.advantages, entropy, part.mask, part.adv_keep,
                                       part.ent_keep, config.clip, config.entropy_coef)
             (loss * len(index) / len(batch.mask)).backward()  # its part of the mean over answers
-            share = part.mask.sum() / batch.mask.sum()  # and of the means over tokens
-            total = {"ratio_error": stats["ratio_error"].clamp(min=total["ratio_error"]),
-                     **{name: total[name] + share * stats[name] for name in ("clip_fraction", "kl")}}
+            worst = torch.maximum(worst, stats["ratio_error"])
+            means += torch.stack([stats["clip_fraction"], stats["kl"]]) * part.mask.sum() / batch.mask.sum()
         clip_and_step(learner.actor, learner.optimizers[0])
-        passes.append({name: float(value) for name, value in total.items()})
+        numbers = [*reduced(worst, dist.ReduceOp.MAX).tolist(), *reduced(means).tolist()]
+        passes.append(dict(zip(("ratio_error", "clip_fraction", "kl"), numbers)))
     return passes
 
 
@@ -652,7 +699,7 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
 
     # The two masks, ranked over the whole batch: learn where critics do not agree yet, explore where they do not
     # disagree too much.
-    noise = torch.rand(mask.shape, generator=generator, device=mask.device)
+    noise = torch.rand(mask.shape, generator=cpu_generator).to(mask.device)
     signals = {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}
     batch.adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     batch.ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
@@ -714,6 +761,7 @@ class Config:
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "a mini-critic's layers, the first of its base (0: all; a quarter of an actor's)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
+    shared_embeddings: bool = option(False, "all critics share one frozen copy of their base's embeddings: less memory")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps)")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
     critic_lr: float = option(3e-3, "critics' learning rate (Adam); 5e-5 with --model")
@@ -753,7 +801,8 @@ PRESETS = {
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's 1e-6 and are not tuned: pretrained weights tolerate less than the toy's, and the
 # critics' new heads need more than the actor.
-MODEL_DEFAULTS = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=1024, sample_batch=128)
+MODEL_DEFAULTS = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=1024, sample_batch=128,
+                      shared_embeddings=True)
 
 # ######################################################################################################################
 # The algorithm ends here. Below is plumbing: loading, the run, checkpoints, the command line.
@@ -871,17 +920,28 @@ def choose_level(learner: Learner, task, sample: int = 32) -> str:
     return best
 
 
+@contextlib.contextmanager
+def in_turn():
+    """The first process goes first, and the others find what it has made."""
+    rank, size = rank_and_size()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and size > 1:
+        dist.barrier()
+
+
 def make_learner(config: Config, task) -> Learner:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     name, critic_name = [name if name in ("", "actor") or "/" in name or Path(name).exists() else f"Qwen/{name}"
                          for name in (config.model, config.critic_model)]
     if not name:
-        with saying(f"--task {config.task} has no model of its own (give one with --model)"):
+        with saying(f"--task {config.task} has no model of its own (give one with --model)"), in_turn():
             name, small = task.models()
         critic_name = critic_name or small
     critic_name = name if critic_name == "actor" else critic_name
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     missing = "" if Path(name).exists() else " (no such directory; is there such a model on the hub?)"
     with saying(f"--model {name}{missing}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
@@ -902,7 +962,8 @@ def make_learner(config: Config, task) -> Learner:
             with saying("--activation-checkpointing: not with this model"):
                 getattr(model, "backbone", model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95),
+                                    weight_decay=0.0, fused=True)
                   for model, lr in [(actor, config.lr), *((critic, config.critic_lr) for critic in critics)]]
     learner = Learner(config, actor, critics, optimizers, tokenizer, ends, tokenizer.pad_token_id or 0,
                       checked(task.reward))  # pad id 0: any does, as masks come from lengths
@@ -997,9 +1058,9 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
 def train(config: Config, task) -> None:
     """A whole run: every iteration, all that is printed, all that is left in config.out."""
-    out, rows, batch = Path(config.out), [], None
+    out, rows, batch, first = Path(config.out), [], None, rank_and_size()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
+    if first and not config.resume:
         try:  # claimed in one act, before anything slow: of two runs that start together, one stops here
             (out / "config.json").open("x").close()
         except FileExistsError:
@@ -1009,15 +1070,16 @@ def train(config: Config, task) -> None:
         if config.resume:
             rows = load_checkpoint(learner, out)
     except BaseException:
-        if not config.resume:
+        if first and not config.resume:
             (out / "config.json").unlink()
         raise
     config = learner.config
-    write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1))
-    write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)))  # steps after the checkpoint are repeated
+    if first:
+        write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1))
+        write_whole(out / "metrics.jsonl", "".join(map(as_json, rows)))  # steps after the checkpoint are repeated
     print(f"{config.algo} on {learner.device.type}; leaves everything in {out}\n{describe(learner)}")
 
-    with open(out / "metrics.jsonl", "a") as log:
+    with open(out / "metrics.jsonl" if first else os.devnull, "a") as log:
         def note(row):
             rows.append(row)
             log.write(as_json(row))
@@ -1028,7 +1090,8 @@ def train(config: Config, task) -> None:
         if not rows:
             note({"step": 0, "eval_accuracy": evaluate(learner)})
         start = rows[-1]["step"]
-        for step in tqdm(range(start + 1, config.steps + 1), config.algo, initial=start, total=config.steps):
+        steps = range(start + 1, config.steps + 1)
+        for step in tqdm(steps, config.algo, initial=start, total=config.steps, disable=not first):
             evaluating = step % config.eval_every == 0 or step == config.steps
             batch, metrics = timed_step(learner, step, getattr(task, "look", None) if evaluating else None)
             # Before any update the ratio is 1 but for rounding, which grows with 1 / temperature: in float32 up to
@@ -1040,8 +1103,10 @@ def train(config: Config, task) -> None:
             if evaluating:
                 metrics["eval_accuracy"] = evaluate(learner)
             note(metrics)
-            if config.checkpoint_every and step % config.checkpoint_every == 0 or step == config.steps:
+            if first and (config.checkpoint_every and step % config.checkpoint_every == 0 or step == config.steps):
                 save_checkpoint(learner, rows, out)
+    if not first:
+        return
     save_models(learner, out)
     if batch is None:
         print(f"the run in {out} had done its {start} steps; to go on, raise --steps")
@@ -1181,6 +1246,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     again = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
+    if "RANK" in os.environ:  # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     try:
         config = parse(argv)
         check(config)
