@@ -42,6 +42,7 @@ asynchronously.
 """
 import argparse
 import contextlib
+import copy
 import importlib.machinery
 import importlib.util
 import json
@@ -64,7 +65,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, DynamicCache)
 
 # =============================================================================================== 1 Equations
 # Each of these functions needs nothing but torch. Padding (mask 0) may hold anything, even NaN.
@@ -478,21 +480,34 @@ class MiniCritic(nn.Module):
             return self.head(states.float())[..., 0]
 
 
+def load_critic(name: str, layers: int = 0, generator: torch.Generator | None = None) -> MiniCritic:
+    """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). One that already predicts
+    values keeps its head: a critic saved by a run, or a reward model (AutoModelForSequenceClassification, one label).
+    """
+    graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
+    model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
+    critic = MiniCritic(model.base_model, generator)
+    if graded:
+        critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
+    elif (Path(name) / "value_head.safetensors").exists():
+        critic.head.load_state_dict(load_file(Path(name) / "value_head.safetensors"))
+    return critic
+
+
 def make_critics(config: "Config", name: str, layers: int) -> list[MiniCritic]:
-    """config.critics critics from the checkpoint `name`, cut to its first `layers` layers (0: all)."""
+    """config.critics critics from the same checkpoint."""
     generator = torch.Generator().manual_seed(config.seed)
-    backbones = [load_pretrained(AutoModel, name, layers) for _ in range(config.critics)]
-    if config.critic_scratch and backbones:
+    critics = [load_critic(name, layers, generator) for _ in range(config.critics)]
+    if config.critic_scratch and critics:  # the same random weights for all, as the pretrained ones are the same
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            random = AutoModel.from_config(backbones[0].config).state_dict()
-        for backbone in backbones:  # the same random weights for all, as the pretrained ones are the same
-            backbone.load_state_dict(random)
-    if config.shared_embeddings and backbones:  # they cost once, without gradient and moments
-        shared = backbones[0].get_input_embeddings().requires_grad_(False)
-        for backbone in backbones:
-            backbone.set_input_embeddings(shared)
-    return [MiniCritic(backbone, generator) for backbone in backbones]
+            random = AutoModel.from_config(critics[0].backbone.config)
+        critics = [MiniCritic(copy.deepcopy(random), generator) for _ in critics]
+    if config.shared_embeddings and critics:  # they cost once, without gradient and moments
+        shared = critics[0].backbone.get_input_embeddings().requires_grad_(False)
+        for critic in critics:
+            critic.backbone.set_input_embeddings(shared)
+    return critics
 
 
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
@@ -764,7 +779,8 @@ class Config:
     shared_embeddings: bool = option(False, "all critics share one frozen copy of their base's embeddings: less memory")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps)")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(3e-3, "critics' learning rate (Adam); 5e-5 with --model")
+    critic_lr: float = option(3e-3, "learning rate of the critics' backbones (Adam; 0: frozen); 5e-5 with --model")
+    critic_head_lr: float = option(3e-3, "learning rate of the critics' heads; 5e-5 with --model")
     critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
     critic_batch: int = option(32, "answers per optimizer step of a critic")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
@@ -801,8 +817,8 @@ PRESETS = {
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's 1e-6 and are not tuned: pretrained weights tolerate less than the toy's, and the
 # critics' new heads need more than the actor.
-MODEL_DEFAULTS = dict(lr=5e-6, critic_lr=5e-5, lam=0.99, max_new_tokens=256, micro_batch_tokens=1024, sample_batch=128,
-                      shared_embeddings=True)
+MODEL_DEFAULTS = dict(lr=5e-6, critic_lr=5e-5, critic_head_lr=5e-5, lam=0.99, max_new_tokens=256, sample_batch=128,
+                      micro_batch_tokens=1024, shared_embeddings=True)
 
 # ######################################################################################################################
 # The algorithm ends here. Below is plumbing: loading, the run, checkpoints, the command line.
@@ -962,9 +978,11 @@ def make_learner(config: Config, task) -> Learner:
             with saying("--activation-checkpointing: not with this model"):
                 getattr(model, "backbone", model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95),
-                                    weight_decay=0.0, fused=True)
-                  for model, lr in [(actor, config.lr), *((critic, config.critic_lr) for critic in critics)]]
+    rates = [[(actor, config.lr)]] + [[(critic.backbone, config.critic_lr), (critic.head, config.critic_head_lr)]
+                                      for critic in critics]
+    optimizers = [torch.optim.AdamW([{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr}
+                                     for part, lr in parts], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+                  for parts in rates]
     learner = Learner(config, actor, critics, optimizers, tokenizer, ends, tokenizer.pad_token_id or 0,
                       checked(task.reward))  # pad id 0: any does, as masks come from lengths
     if config.level == "auto":
@@ -1181,13 +1199,6 @@ def save_models(learner: Learner, out: Path) -> None:
         save_file(critic.head.state_dict(), out / f"critic_{m}" / "value_head.safetensors")
 
 
-def load_critic(folder: str | Path) -> MiniCritic:
-    """A critic that a run has saved: AutoModel.from_pretrained for the backbone, and its scalar head."""
-    critic = MiniCritic(AutoModel.from_pretrained(folder, dtype=torch.float32))
-    critic.head.load_state_dict(load_file(Path(folder) / "value_head.safetensors"))
-    return critic
-
-
 # =============================================================================================== 8 Command line
 
 # What a run may go on with changed: how long it is, how it is watched, how it is cut up to fit into memory (though
@@ -1199,8 +1210,8 @@ LIMITS = [  # names, lowest, highest
     ("steps prompts_per_step group_size max_new_tokens utd critic_epochs critic_batch", 1, math.inf),
     ("eval_every eval_problems micro_batch_tokens sample_batch", 1, math.inf),
     ("critics critic_layers critic_warmup checkpoint_every", 0, math.inf), ("seed", 0, 2**40),
-    ("lr critic_lr clip", 1e-12, 1), ("temperature", 0.01, 100), ("gamma lam critic_lam mask_k filter_h", 0, 1),
-    ("entropy_coef", 0, 100),
+    ("lr clip", 1e-12, 1), ("temperature", 0.01, 100), ("entropy_coef", 0, 100),
+    ("critic_lr critic_head_lr gamma lam critic_lam mask_k filter_h", 0, 1),
 ]
 
 
