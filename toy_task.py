@@ -92,7 +92,7 @@ def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
     if level == "symbols":
         rows = [(e + "=", calculate(e)) for e in expressions_of(split, SIZES[split], rng)]
     elif level in LEVELS:
-        rows = word_problems(split, SIZES[split], rng, level)
+        rows = list(zip(*word_sheets(split, rng, level)))
     else:
         raise ValueError(f"there is no level {level!r}; there are " + ", ".join(["symbols", *LEVELS]))
     return Dataset.from_dict({"prompt": [prompt for prompt, _ in rows], "answer": [str(answer) for _, answer in rows],
@@ -101,54 +101,58 @@ def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
 
 def reward(response: str, example: dict) -> float:
     """1.0 for the right answer, else 0.0. In symbols the response must end in "#" and a digit (its only "#": no second
-    guess). In words the last "Answer: <integer>" or "\\boxed{<integer>}" counts, and nothing else."""
+    guess). In words enough of the sums must be right."""
     if example["level"] == "symbols":
         final = re.fullmatch(r"[^#]*#(\d)", response)
         return float(final is not None and final[1] == example["answer"])
-    # Digits with a comma or a decimal part are another number: "Answer: 1,000" is not Answer: 1.
-    final = re.findall(r"Answer: *(-?\d+)(?![\d]|[.,]\d)|\\boxed\{ *(-?\d+) *\}", response)
-    return float(bool(final) and int("".join(final[-1])) == int(example["answer"]))
+    return float(right_in_words(response, example["answer"]) >= LEVELS[example["level"]][1])
 
 
 # ------------------------------------------------------------------------- the same in words, for real language models
 
-LEVELS = {  # name: operations, largest number in the problem, operators. All results on the way are from 0 to 999.
-    "1": (1, 9, "+-"), "2": (1, 99, "+-"), "3": (2, 20, "+-"), "4": (3, 20, "+-*"), "5": (4, 20, "+-*"),
-    "6": (6, 50, "+-*"), "7": (8, 99, "+-*"), "8": (12, 99, "+-*"),
+LEVELS = {  # name: sums, right ones to pass, largest number, operators
+    "1": (2, 2, 9, "+"), "2": (3, 2, 5, "+"), "3": (4, 3, 9, "+"), "4": (6, 5, 9, "+-"), "5": (8, 7, 20, "+-"),
+    "6": (8, 7, 99, "+-"), "7": (10, 8, 99, "+-*"), "8": (12, 10, 99, "*"),
 }
-VERB = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
+RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
-def worked(rng: random.Random, level: str) -> tuple[str, str, int]:
-    """A problem of a level, its solution in the wanted form, its result:
-    "Start with 7. Add 8. Subtract 3.", "7 + 8 = 15. 15 - 3 = 12. Answer: 12", 12."""
-    operations, largest, operators = LEVELS[level]
-    value = rng.randint(1, largest)
-    problem, steps = f"Start with {value}.", []
-    while len(steps) < operations:
-        operator, number = rng.choice(operators), rng.randint(1, largest)
-        result = {"+": value + number, "-": value - number, "*": value * number}[operator]
-        if 0 <= result <= 999:
-            problem += f" {VERB[operator]} {number}."
-            steps.append(f"{value} {operator} {number} = {result}")
-            value = result
-    return problem, ". ".join(steps) + f". Answer: {value}", value
+def random_sums(rng: random.Random, level: str) -> list[str]:
+    """The sums of a sheet: ["7 + 5", "9 - 3", ...]. No result is negative."""
+    count, _, largest, operators = LEVELS[level]
+    pairs = [sorted((rng.randint(1, largest), rng.randint(1, largest)), reverse=True) for _ in range(count)]
+    signs = [rng.choice(operators) for _ in range(count)]
+    return [f"{a} {sign} {b}" if sign == "-" or rng.random() < 0.5 else f"{b} {sign} {a}"
+            for (a, b), sign in zip(pairs, signs)]
 
 
-def word_problems(split: str, count: int, rng: random.Random, level: str, shots: int = 2) -> list[tuple[list, int]]:
-    """`count` chats that end in a problem, and its result each. The worked examples before it are the level's own: from
-    them small models take the form, and base models, which read them as plain text, the whole task."""
-    examples, fixed = [], random.Random(f"examples-{level}")
-    for _ in range(shots):
-        problem, solution, _ = worked(fixed, level)
-        examples += [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
-    examples[0]["content"] = 'Work step by step and end with "Answer: " and the result.\n' + examples[0]["content"]
-    found = []
-    while len(found) < count:
-        problem, _, result = worked(rng, level)
-        if split_of(problem) == split:
-            found.append((examples + [{"role": "user", "content": problem}], result))
-    return found
+def result(term: str) -> int:
+    a, sign, b = term.split()
+    return RESULT[sign](int(a), int(b))
+
+
+def word_sheets(split: str, rng: random.Random, level: str) -> tuple[list[list], list[str]]:
+    """Different sheets, as chats, and their results. From the one worked example small models take the form; and the
+    answer is begun for them, so that chat models write no introduction."""
+    def exchange(sums, solved):
+        return [{"role": "user", "content": "Solve the sums: " + ", ".join(sums)},
+                {"role": "assistant", "content": solved}]
+
+    example = random_sums(random.Random(f"example-{level}"), level)
+    example = exchange(example, ", ".join(f"{term} = {result(term)}" for term in example))
+    sheets = {}
+    while len(sheets) < SIZES[split]:
+        sums = random_sums(rng, level)
+        if split_of(" ".join(sums)) == split:
+            sheets[tuple(sums)] = " ".join(str(result(term)) for term in sums)
+    return [example + exchange(sums, sums[0] + " =") for sums in sheets], list(sheets.values())
+
+
+def right_in_words(response: str, answer: str) -> int:
+    """How many of the numbers after "=" are right, each in its place. The prompt ends in the first "=". 0 if there are
+    more or fewer numbers than sums: no second guess."""
+    given, wanted = re.findall(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + response), answer.split()
+    return sum(map(str.__eq__, given, wanted)) if len(given) == len(wanted) else 0
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations
