@@ -1071,6 +1071,8 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
     batch, passes = train_step(learner, step, watch)
     metrics |= measure(learner, batch, passes)
+    if learner.device.type == "cuda":
+        metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30  # the run's peak so far
     return batch, metrics | {"generated_tokens_per_second": float(batch.mask.sum()) / metrics["seconds_rollout"]}
 
 
