@@ -196,12 +196,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
 
 
-def make_model(tokenizer, width: int, layers: int, heads: int) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(
+def make_config(tokenizer, width: int, layers: int, heads: int) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=max(16, width // heads),
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
 def pretrain(model, tokenizer, name: str, steps: int, lr: float, batch_size: int = 32) -> None:
@@ -238,7 +238,7 @@ def models(pretraining: str | None = None) -> tuple[str, str]:
     pretraining = os.environ.get("TOY_PRETRAINING", "") if pretraining is None else pretraining
     if not re.fullmatch(r"\d{0,9}", pretraining):
         raise ValueError(f"TOY_PRETRAINING must be a whole number, not {pretraining!r}")
-    recipe = [inspect.getsource(f) for f in (random_expression, demonstration, make_tokenizer, make_model, pretrain)]
+    recipe = [inspect.getsource(f) for f in (random_expression, demonstration, make_tokenizer, make_config, pretrain)]
     recipe = json.dumps([recipe, TINY, HASTY, SEEN, ALPHABET])
     folder = CACHE / f"{hashlib.sha256(recipe.encode()).hexdigest()[:12]}-{pretraining}".rstrip("-")
     if not folder.exists():
@@ -249,7 +249,7 @@ def models(pretraining: str | None = None) -> tuple[str, str]:
             for name, tiny in TINY.items():
                 with torch.random.fork_rng():  # the caller's random state stays what it was, cached or not
                     torch.manual_seed(int(pretraining or 0))
-                    model = make_model(tokenizer, tiny["width"], tiny["layers"], tiny["heads"])
+                    model = Qwen3ForCausalLM(make_config(tokenizer, tiny["width"], tiny["layers"], tiny["heads"]))
                     pretrain(model, tokenizer, f"{name} {pretraining}".rstrip(), tiny["steps"], tiny["lr"])
                 model.save_pretrained(beside / name)
                 tokenizer.save_pretrained(beside / name)
