@@ -750,41 +750,43 @@ class Config:
     level: str = option("auto", "the task's level of difficulty; auto: with --model, of those the task has, the one "
                                 "nearest to 40 %% right before training; without, the task's own")
     out: str = option("", "directory for all that the run leaves behind (if not given, runs/[MODEL-]ALGO-SEED)")
-    steps: int = option(50, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
+    steps: int = option(40, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of everything random in training; on a CPU, the same seed gives the same metrics")
     # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
-    prompts_per_step: int = option(32, "prompts in a batch")
+    prompts_per_step: int = option(16, "prompts in a batch (32 with --model)")
     group_size: int = option(8, "G: answers sampled per prompt")
-    max_new_tokens: int = option(64, "length limit of an answer (256 with --model)")
+    max_new_tokens: int = option(16, "length limit of an answer (256 with --model)")
     temperature: float = option(1.0, "of sampling and, identically, of scoring")
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper's lr is 1e-6 at 14B
-    # parameters; the toy actor is 40,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual. All gradients
+    # parameters; the toy actor is 30,000 times smaller. The paper is silent on clip: 0.2 is PPO's usual. All gradients
     # are clipped to norm 1, and Adam's betas are 0.9 and 0.95, as is common for language models.
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
-    lr: float = option(3e-5, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
+    lr: float = option(6e-4, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
-    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes.
-    # lambda 0.95 looks about 20 tokens ahead: 20 tokens before the end, the outcome's own weight is 0.95^20 = 0.36, the
-    # rest is the critics' word. It fits the toy's 20 to 30 tokens; for the longer answers of real models, 0.99.
+    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. With
+    # lambda 0.5 an advantage looks about 2 tokens ahead: what a token did to the value, next to no outcome. That takes
+    # critics that see, as the toy's do from the start. For real models, whose critics begin with a new head, 0.99: 100
+    # tokens before the end, the outcome's own weight is 0.99^100 = 0.37, the rest is the critics' word.
     gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.95, "GAE's lambda for the actor's advantages (0.99 with --model)")
+    lam: float = option(0.5, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
-    # (critic_lam 1), which no critic's error can bias. The learning rate suits the toy's mini-critics of 61,000
-    # parameters, whose heads start from random weights. The first iterations train the critics alone, so that the
-    # actor does not follow noise.
+    # (critic_lam 1), which no critic's error can bias. Where they already predict values, as the toy's do, their
+    # backbones move slowly (a fast one forgets what it has learned) and their heads follow the policy. New heads (with
+    # --model) first train alone for some iterations, so that the actor does not follow noise.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "a mini-critic's layers, the first of its base (0: all; a quarter of an actor's)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
     shared_embeddings: bool = option(False, "all critics share one frozen copy of their base's embeddings: less memory")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps)")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(3e-3, "learning rate of the critics' backbones (Adam; 0: frozen); 5e-5 with --model")
-    critic_head_lr: float = option(3e-3, "learning rate of the critics' heads; 5e-5 with --model")
-    critic_epochs: int = option(2, "passes of each critic over its shard of a batch")
-    critic_batch: int = option(32, "answers per optimizer step of a critic")
+    critic_lr: float = option(1e-4, "learning rate of the critics' backbones (Adam; 0: frozen); 5e-5 with --model")
+    critic_head_lr: float = option(1e-3, "learning rate of the critics' heads; 5e-5 with --model")
+    critic_epochs: int = option(1, "passes of each critic over its shard of a batch (2 with --model)")
+    critic_batch: int = option(64, "answers per optimizer step of a critic (32 with --model)")
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return")
-    critic_warmup: int = option(4, "first iterations (at most half of --steps) in which only the critics learn")
+    critic_warmup: int = option(0, "first iterations (at most half of --steps) in which only the critics learn (4 with "
+                                  "--model)")
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
     # a control: a mask by sigma is worth only what it gains over a random mask of the same size.
     mask_k: float = option(0.2, "k: share of tokens, lowest signal first, whose advantage is masked")
@@ -793,7 +795,7 @@ class Config:
     filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus")
     filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy", "random"])
     # Looking at it, and never losing it.
-    eval_every: int = option(10, "iterations between evaluations (also before the first, after the last)")
+    eval_every: int = option(5, "iterations between evaluations (also before the first, after the last)")
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each")
     checkpoint_every: int = option(10, "iterations between checkpoints, for --resume (0: only at the end)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
@@ -817,8 +819,9 @@ PRESETS = {
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's 1e-6 and are not tuned: pretrained weights tolerate less than the toy's, and the
 # critics' new heads need more than the actor.
-MODEL_DEFAULTS = dict(lr=5e-6, critic_lr=5e-5, critic_head_lr=5e-5, lam=0.99, max_new_tokens=256, sample_batch=128,
-                      micro_batch_tokens=1024, shared_embeddings=True)
+MODEL_DEFAULTS = dict(prompts_per_step=32, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=5e-5, critic_head_lr=5e-5,
+                      critic_epochs=2, critic_batch=32, critic_warmup=4, shared_embeddings=True,
+                      micro_batch_tokens=1024, sample_batch=128)
 
 # ######################################################################################################################
 # The algorithm ends here. Below is plumbing: loading, the run, checkpoints, the command line.
@@ -1230,7 +1233,7 @@ def parse(argv: list[str] | None) -> Config:
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
     given = parser.parse_args(argv)
     if not given.resume:
-        parser.set_defaults(**PRESETS[given.algo], **(MODEL_DEFAULTS if given.model else {}))
+        parser.set_defaults(**(MODEL_DEFAULTS if given.model else {}) | PRESETS[given.algo])
         config = Config(**vars(parser.parse_args(argv)))
         out = f"runs/{Path(config.model).name + '-' if config.model else ''}{config.algo}-{config.seed}"
         return replace(config, out=config.out or out, critic_warmup=min(config.critic_warmup, config.steps // 2))
