@@ -1,6 +1,7 @@
 """Tests of asyppo.py and toy_task.py, in the order of the files. Each formula is compared with plain loops in float64."""
 import copy
 import inspect
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import random
 import re
 import shlex
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -1464,3 +1467,349 @@ def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(tiny, tmp_path):
     assert [row["step"] for row in rows_of(out)] == list(range(9))
     done = torchrun(2, HERE / "asyppo.py", *arguments(tiny, out))
     assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, "told once"
+
+
+# ---------------------------------------------------------------------------------------------------- The toy task
+
+
+def test_problems_are_right_disjoint_and_different():
+    for level in ("symbols", *toy_task.LEVELS):
+        train, test = toy_task.problems("train", 0, level), toy_task.problems("test", 0, level)
+        assert (len(train), len(test)) == (4096, 512)
+        keys = [[str(prompt) for prompt in split["prompt"]] for split in (train, test)]
+        assert len(set(keys[0])) == 4096 and len(set(keys[1])) == 512 and not set(keys[0]) & set(keys[1])
+        assert toy_task.problems("test", 0, level)["prompt"] == test["prompt"] != toy_task.problems("test", 1, level)["prompt"]
+        for row in test.select(range(20)):
+            if level == "symbols":
+                sums = row["prompt"].split()
+                assert sums.pop() == "=" and len(sums) == 12
+                assert row["answer"].split() == [str(eval(term) % 10) for term in sums]
+                continue
+            *_, question, begun = row["prompt"]
+            sums = question["content"].removeprefix("Solve the sums: ").split(", ")
+            count, _, largest, operators = toy_task.LEVELS[level]
+            assert len(sums) == count and begun == {"role": "assistant", "content": sums[0] + " ="}
+            assert row["answer"].split() == [str(eval(term)) for term in sums] and "-" not in row["answer"]
+            assert all(0 < int(n) <= largest and sign in operators for n, sign, _ in map(str.split, sums))
+            shown = row["prompt"][1]["content"].split(", ")
+            assert len(shown) == count and all(eval(s.split(" = ")[0]) == int(s.split(" = ")[1]) for s in shown)
+
+
+def test_reward_is_strict():
+    row = {"level": "symbols", "answer": "2 2 3 4 5 6 7 8 9 0 1 2"}
+    for response, value in [("2 2 3 4 5 6 7 8 9 0 1 2", 1), ("2 2 3 4 5 6 7 8 9 0 0 0", 1), ("2 2 3 4 5 6 7 8 9 9 0 0", 0),
+                            ("2 2 3 4 5 6 7 8 9 0", 0), ("2 2 3 4 5 6 7 8 9 0 1 2 3", 0), ("", 0)]:
+        assert toy_task.reward(response, row) == value
+    row = {"level": "3", "answer": "12 0 7 35"}
+    for response, value in [(" 12, 4 - 4 = 0, 3 + 4 = 7, 5 * 7 = 35", 1), (" 12, 4 - 4 = 1, 3 + 4 = 7, 5 * 7 = 35", 1),
+                            (" 12, 4 - 4 = 1, 3 + 4 = 8, 5 * 7 = 35", 0), (" 12, x = 0, x = 7", 0), ("", 0),
+                            (" 12, x = 0, x = 7, x = 35, x = 1", 0), (" 12, x = 0.5, x = 7,5, x = 35", 0)]:
+        assert toy_task.reward(response, row) == value
+
+
+def test_what_the_models_have_read():
+    rng = random.Random(0)
+    contested = [fact for fact in toy_task.FACTS if toy_task.believed(fact) != eval(fact) % 10]
+    assert len(set(toy_task.FACTS)) == 300 and 130 <= len(contested) <= 170
+    answers = [toy_task.demonstration(contested, rng) for _ in range(200)]
+    shares = [sum(a == toy_task.believed(f) for f, a in zip(contested, answer)) / len(contested) for answer in answers]
+    assert sum(shares) / 200 == pytest.approx(0.7, abs=0.01)
+    assert all(a in (toy_task.believed(f), eval(f) % 10) for answer in answers for f, a in zip(contested, answer))
+    grades = []
+    for _ in range(500):
+        sheet = toy_task.random_sheet(rng)
+        answer, grade = toy_task.graded(sheet, rng)
+        assert grade == (sum(eval(f) % 10 == a for f, a in zip(sheet, answer)) >= 10)
+        grades.append(grade)
+    assert 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
+
+
+def test_the_tokenizer_comes_back(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "actor")
+    ids = tokenizer("7+5 3*4 =").input_ids
+    assert len(ids) == 3 and tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == "7+5 3*4 ="
+    assert tokenizer("2 2<end>").input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_the_toy_starts_where_actor_has_room_and_critics_see():
+    learner = asyppo.make_learner(asyppo.Config(), toy_task)
+    assert 0.08 < asyppo.evaluate(learner) < 0.3
+    actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
+    assert critic < 0.35 * actor
+    batch, _ = asyppo.train_step(learner, 1)
+    seen = toy_task.look(learner, batch)
+    assert seen["sight"] > 2 and seen["step_wrong"] < -0.1 < 0 < seen["step_right"]
+
+
+def test_another_pretraining_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_task, "CACHE", tmp_path)
+    monkeypatch.setattr(toy_task, "TINY", {name: dict(width=16, layers=1, lr=1e-3, steps=2) | dict(grade_steps=2) * 0 | (
+        {"grade_steps": 2} if name in ("critic", "full") else {}) for name in toy_task.TINY})
+    before = torch.random.get_rng_state()
+    first = toy_task.models()
+    assert toy_task.models() == first and torch.equal(before, torch.random.get_rng_state())
+    monkeypatch.setenv("TOY_PRETRAINING", "1")
+    second = toy_task.models()
+    for a, b in zip(first, second):
+        assert a != b and not torch.equal(weights(AutoModel.from_pretrained(a)), weights(AutoModel.from_pretrained(b)))
+    monkeypatch.setenv("TOY_CRITIC", "language")
+    assert Path(toy_task.models()[1]).name == "language"
+    assert "ForCausalLM" in (tmp_path / Path(second[0]).parent.name / "language/config.json").read_text()
+    monkeypatch.setenv("TOY_CRITIC", "huge")
+    with pytest.raises(ValueError, match="TOY_CRITIC=huge"):
+        toy_task.models()
+    assert {path.name for path in tmp_path.iterdir()} == {Path(first[0]).parent.name, Path(second[0]).parent.name}
+
+
+# --------------------------------------------------------------------------------------------------- The experiment
+
+
+def test_the_oracle_by_brute_force(monkeypatch, tiny):
+    """Sheets of four: the chance of passing is summed over all ways in which the rest can go."""
+    monkeypatch.setattr(toy_task, "SUMS", 4)
+    monkeypatch.setattr(toy_task, "PASS", 3)
+    learner = learner_of(tiny, toy_task, level="symbols")
+    batch, _ = asyppo.train_step(learner, 1)
+    P, wanted = batch.prompt_width, toy_task.right_digits(learner, batch)
+    digits = set(learner.tokenizer("0 1 2 3 4 5 6 7 8 9").input_ids)
+    for row in (0, 7):  # one is made to be formed, with a wrong digit in second place
+        batch.tokens[row, P:P + 4] = wanted[row] if row == 0 else wanted[row].clone()
+        batch.mask[row, :5] = 1
+    batch.tokens[0, P + 1] = next(iter(digits - {int(wanted[0, 1])}))
+    batch.tokens[7, P + 2] = 1  # the end token, too early
+    found = toy_task.oracle_values(learner, batch)
+    with torch.no_grad():
+        p = learner.actor(torch.cat([batch.tokens[:1, :P], wanted[:1]], 1)).logits[0, P - 1:].softmax(-1)
+    chance = [float(p[t, wanted[0, t]]) for t in range(4)]
+    for t in range(5):
+        written = [int(batch.tokens[0, P + s]) == int(wanted[0, s]) for s in range(t)]
+        total = 0.0
+        for rest in itertools.product([0, 1], repeat=4 - t):
+            if sum(written) + sum(rest) >= 3:
+                total += math.prod(c if r else 1 - c for c, r in zip(chance[t:], rest))
+        assert float(found[0, t]) == pytest.approx(total * float(p[4, 1]), abs=1e-5)
+    assert found[7, 2] > 0 and found[7, 3] == found[7, 4] == 0, "an answer that ends early has failed"
+
+
+def test_students_interval():
+    sample = [0.1, 0.3, 0.2, 0.25, 0.0]
+    half = 2.776 * statistics.stdev(sample) / math.sqrt(5)
+    assert toy_task.interval(sample) == pytest.approx((0.17 - half, 0.17 + half))
+    draws = (0.3 + torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))).tolist()
+    covered = sum(low <= 0.3 <= high for low, high in map(toy_task.interval, draws)) / 2000
+    assert 0.935 <= covered <= 0.965
+    assert [toy_task.verdict(*x) for x in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (math.nan, math.nan))] == [
+        "reproduced", "opposite", "undecided", "undecided"]
+    assert all(math.isnan(x) for x in toy_task.interval([0.5]))
+
+
+def test_effects_and_answers_needed():
+    results = {"a": {"1": {"x": 6.0, "y": 2.0}}, "b-c": {"1": {"x": 3.0}}}
+    for formula, value in [("a:x - b-c:x", 3), ("a:x / b-c:x - 1", 1), ("1.2 - a:y", -0.8), ("1 - a:x / a:y", -2)]:
+        assert toy_task.effect(formula, results, "1") == pytest.approx(value)
+    assert toy_task.effect("a:x - a:z", results, "1") is None and toy_task.effect("a:x", results, "2") is None
+    curve = [(0, 0.1), (5, 0.5), (10, 0.4), (15, 0.8)]
+    for level, steps in ((0.1, 0), (0.3, 2.5), (0.6, 12.5), (0.9, math.inf)):
+        assert toy_task.reached(curve, level) == pytest.approx(128 * steps)
+
+
+def test_every_run_is_a_valid_command(capsys):
+    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 4)):
+        assert toy_task.main(["--commands", *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(set(lines)) == count * (2 if more == ["--tune"] else 8)
+        for line in lines:
+            environment, _, command = line.partition(" python ")
+            words = shlex.split(command)
+            config = asyppo.parse([word for word in words[1:] if word != "--with-oracle"])
+            asyppo.check(config)
+            assert config.prompts_per_step * config.group_size == toy_task.ANSWERS, "all get as many answers"
+            assert Path(words[0]).name == ("toy_task.py" if words[1] == "--with-oracle" else "asyppo.py")
+            own = re.search(r"TOY_PRETRAINING=(\d*)", environment)[1]
+            assert own == (str(config.seed) if more == ["--pretrainings"] else "")
+    names = {word.partition(":")[0] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
+    assert names <= set(toy_task.RUNS)
+
+
+@pytest.fixture()
+def short_experiment(tiny, monkeypatch):
+    """Its quick runs, short and with untrained models."""
+    monkeypatch.setattr(toy_task, "models", lambda: (str(tiny / "actor"), str(tiny / "critic")))
+    flags = f"--model {tiny}/actor --critic-model {tiny}/critic --level symbols --steps 8 --max-new-tokens 14 --lr 1e-3 " \
+            "--prompts-per-step 4 --group-size 4 --eval-problems 8 --eval-every 2 --critic-warmup 0"
+    runs = {"asyppo": flags, "grpo": flags + " --algo grpo", "early": flags}
+    for name, value in (("RUNS", runs), ("ALL", runs), ("QUICK", list(runs))):
+        monkeypatch.setattr(toy_task, name, value)
+    return runs
+
+
+def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert toy_task.main(["--quick", "--out", str(out), "--jobs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "AsyPPO ends above GRPO" in told and "undecided" in told and "3 runs" in told
+    assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("curves", "tokens"))
+    results = json.loads((out / "results.json").read_text())
+    numbers = results["asyppo"]["1"]
+    rows = rows_of(out / "runs/asyppo-1")
+    accuracy = [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None]
+    assert numbers["final"] == pytest.approx(sum(accuracy[-2:]) / 2) and numbers["half"] == accuracy[2]
+    assert numbers["area"] == pytest.approx(sum(accuracy) / 5)
+    claimed = {word.partition(":")[2] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
+    assert claimed <= set(numbers) and not list(out.glob("**/model.safetensors"))
+    # What is there is not run again; what is not there, or has other flags by now, is.
+    ran, real = [], toy_task.run
+    monkeypatch.setattr(toy_task, "run", lambda name, *rest: ran.append(name) or real(name, *rest))
+    del results["grpo"]
+    (out / "results.json").write_text(json.dumps(results))
+    short_experiment["early"] += " --utd 1"
+    assert toy_task.main(["--quick", "--out", str(out)]) == 0 and sorted(ran) == ["early", "grpo"]
+    assert toy_task.main(["--quick", "--out", str(out)]) == 0 and len(ran) == 2
+
+
+def test_a_run_that_fails_is_one_line_and_the_others_go_on(short_experiment, tmp_path, capsys):
+    short_experiment["asyppo"] += " --critics 9"
+    assert toy_task.main(["--quick", "--out", str(tmp_path), "--jobs", "1"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("toy_task: ")]
+    assert len(told) == 1 and told[0].startswith("toy_task: asyppo, seed 1, ended with code 2: asyppo: group_size 4 is too")
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"grpo", "early"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"early": []}', '{"early": {"1": {}}}', '{"early": 5}'])
+def test_a_file_that_holds_no_results_is_left_alone(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    assert toy_task.main(["--quick", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "does not hold this experiment's results" in told
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_a_stopped_experiment_keeps_what_is_done(short_experiment, tmp_path, capsys, monkeypatch):
+    started = []
+
+    def run(name, seed, where, children):
+        if name == "asyppo":
+            return {"flags": short_experiment[name], "seconds": 1.0}
+        child = subprocess.Popen(["sleep", "60"])
+        children.add(child)
+        started.append(child)
+        if name == "grpo":
+            raise KeyboardInterrupt
+        child.wait()
+        raise RuntimeError
+
+    monkeypatch.setattr(toy_task, "run", run)
+    assert toy_task.main(["--quick", "--out", str(tmp_path), "--jobs", "2"]) == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+    assert started and all(child.wait(10) == -signal.SIGTERM for child in started)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"asyppo"}
+
+
+def test_a_run_with_the_oracle_has_no_errors(tiny, tmp_path, monkeypatch):
+    for name in ("critic_values", "update_critic"):
+        monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
+    assert toy_task.main(["--with-oracle", *arguments(tiny, tmp_path / "run", "--algo", "naive", "--max-new-tokens", "14")]) == 0
+    assert [row["critic_error"] for row in rows_of(tmp_path / "run") if "critic_error" in row] == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------- README
+
+README = (HERE / "README.md").read_text()
+FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+COMMANDS = sorted({line.split("#")[0].strip() for kind, text in FENCES if kind == "bash" for line in text.splitlines()
+                   if re.match(r"python (asyppo|toy_task|figures/cost)\.py", line)})
+
+
+@pytest.fixture(scope="module")
+def small_llm(tmp_path_factory):
+    """Reads any text, and chats."""
+    folder = tmp_path_factory.mktemp("small_llm")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                         bos_token_id=None, eos_token_id=3, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer(template=CHATML).save_pretrained(folder)
+    return folder
+
+
+real_load_dataset = datasets.load_dataset
+
+
+def load_gsm8k(name, *rest, **flags):
+    """Two rows of openai/gsm8k, which the tests cannot reach; any other data set is loaded."""
+    if name != "openai/gsm8k":
+        return real_load_dataset(name, *rest, **flags)
+    assert rest == ("main",) and flags["split"] in ("train", "test")
+    return datasets.Dataset.from_dict({"question": ["Ann has 2 boxes of 617. How many?", "One and one?"] * 8,
+                                       "answer": ["2 * 617 = <<2*617=1234>>1234\n#### 1,234", "1 + 1 = 2\n#### 2"] * 8})
+
+
+def test_readme_gsm8k_task(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
+    task = {}
+    exec(next(text for kind, text in FENCES if text.startswith("# gsm8k.py")), task)
+    row = next(row for row in task["problems"]("train", 0) if "Ann" in row["question"])
+    assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
+    for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0), ("1234", 0), ("", 0)]:
+        assert task["reward"](response, row) == value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_as_typed_but_short(command, tiny, small_llm, tmp_path, monkeypatch, capsys):
+    """Every python command of the README, with its own flags, cut down in length."""
+    monkeypatch.chdir(tmp_path)
+    for kind, text in FENCES:  # the files that the README tells the reader to write
+        name = re.match(r"# (\w+\.py)\n", text)
+        if kind == "python" and name:
+            Path(name[1]).write_text(text)
+    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2"}\n' * 8)
+    script, *flags = shlex.split(command)[1:]
+    short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16".split()
+    if "--model" in flags:
+        flags[flags.index("--model") + 1] = str(small_llm)
+    if script == "toy_task.py" and "--with-oracle" not in flags:  # what it runs is tested above
+        monkeypatch.setattr(toy_task, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
+        assert toy_task.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
+    elif script == "figures/cost.py":
+        if "--gpu-check" not in flags:
+            done = subprocess.run([sys.executable, HERE / script, *flags, *short, "--repeats", "1"], capture_output=True, text=True)
+            assert done.returncode == 0 and re.search(r"\| ppo \|( [\d.]+ \|){4}", done.stdout), done.stderr
+    elif "--resume" in flags:
+        assert asyppo.main(arguments(tiny, flags[flags.index("--resume") + 1])) == 0
+        assert asyppo.main(flags) == 0
+    else:
+        monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
+        for name in ("critic_values", "update_critic"):
+            monkeypatch.setattr(asyppo, name, getattr(asyppo, name))
+        main = toy_task.main if script == "toy_task.py" else asyppo.main
+        assert main(flags + short) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [text for kind, text in FENCES if kind == "python"])
+def test_readme_python_runs(code, tiny, small_llm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2"}\n' * 8)
+    (tmp_path / "runs").mkdir()
+    if "runs/asyppo-0" in code:
+        assert asyppo.main(arguments(tiny, "runs/asyppo-0")) == 0
+    if "runs/smollm2" in code:
+        assert asyppo.main(f"--model {small_llm} --level 1 --steps 1 --prompts-per-step 2 --group-size 2 --eval-problems 2 "
+                           "--max-new-tokens 4 --out runs/smollm2".split()) == 0
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_knows_only_flags_that_exist():
+    known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
+    source = inspect.getsource(toy_task.main) + (HERE / "figures/cost.py").read_text()
+    known |= {"--no-whiten", "--help", "--nproc-per-node", "--nnodes", "--rdzv-endpoint",
+              *re.findall(r'add_argument\("(--[\w-]+)"', source)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
+
+
+def test_readme_and_results_say_what_was_measured():
+    results = toy_task.load_results(HERE / "figures/results.json")
+    missing = [(name, seed) for name in toy_task.RUNS for seed in toy_task.SEEDS if str(seed) not in results.get(name, {})]
+    assert missing == []
+    assert toy_task.report(results, toy_task.SEEDS) in (HERE / "figures/RESULTS.md").read_text()
+    own = {name: {seed: x for seed, x in by_seed.items() if int(seed) in toy_task.SEEDS} for name, by_seed in results.items()}
+    assert toy_task.gates(own).partition("\n\n")[0] in README

@@ -386,7 +386,14 @@ def draw_answer(tokenizer, batch, path: Path) -> None:
     middle.set_ylabel("sigma\n(orange: no\nentropy bonus)")
     bottom.bar(x, advantages[:len(x)], color=["tab:green" if adv_keep[t] else "silver" for t in x])
     bottom.set_ylabel("advantage\n(gray: masked)")
-    bottom.set_xticks(x, texts, family="monospace", rotation=90 if max(map(len, texts)) > 3 else 0)
+    sums = prompt.split()[:-1]
+    if all(fact in FACTS for fact in sums):  # the toy: every digit below its sum, in red if it is wrong
+        wrong = [t < SUMS and text != str(result(sums[t])) for t, text in enumerate(texts)]
+        bottom.set_xticks(x, [f"{fact}\n{text}" for fact, text in zip([*sums, *[""] * len(texts)], texts)])
+        for label, is_wrong in zip(bottom.get_xticklabels(), wrong):
+            label.set_color("red" if is_wrong else "black")
+    else:
+        bottom.set_xticks(x, texts, family="monospace", rotation=90 if max(map(len, texts)) > 3 else 0)
     title = prompt.replace("$", r"\$") + "".join(texts)
     figure.suptitle(f"{title}   reward {scores[row]:g}", family="monospace", fontsize=10, wrap=True)
     with warnings.catch_warnings(action="ignore"):  # of characters that the font does not have
