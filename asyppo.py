@@ -388,7 +388,7 @@ def states_before(backbone, batch: Batch) -> torch.Tensor:
 
 
 def logprobs_and_entropy(model, batch: Batch, temperature: float,
-                         chunk_elements: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
+                         chunk_elements: int = 2**26) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
     The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
@@ -763,11 +763,12 @@ class Config:
     utd: int = option(4, "update-to-data ratio: optimizer steps on each batch, every one over the whole batch")
     lr: float = option(6e-4, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
-    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. lambda
-    # 0.9 looks about 10 tokens ahead: 10 tokens before the end, the outcome's own weight is 0.9^10 = 0.35, the rest is
-    # the critics' word. It fits the toy's 13 tokens; for the longer answers of real models, 0.99.
+    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. With
+    # lambda 0.5 an advantage looks about 2 tokens ahead: what a token did to the value, hardly the outcome itself. That
+    # takes critics that see, as the toy's do from the start. Those of real models begin with a new head; for them 0.99:
+    # 100 tokens before the end, the outcome's own weight is 0.99^100 = 0.37, the rest is the critics' word.
     gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)")
+    lam: float = option(0.5, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
     # (critic_lam 1), which no critic's error can bias. Where they already predict values, as the toy's do, their

@@ -1543,8 +1543,8 @@ def test_the_toy_starts_where_actor_has_room_and_critics_see():
 
 def test_another_pretraining_is_another(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_task, "CACHE", tmp_path)
-    monkeypatch.setattr(toy_task, "TINY", {name: dict(width=16, layers=1, lr=1e-3, steps=2) | dict(grade_steps=2) * 0 | (
-        {"grade_steps": 2} if name in ("critic", "full") else {}) for name in toy_task.TINY})
+    monkeypatch.setattr(toy_task, "TINY", {name: {**tiny, "width": 16, "layers": 1, **{
+        key: 2 for key in tiny if "steps" in key}} for name, tiny in toy_task.TINY.items()})
     before = torch.random.get_rng_state()
     first = toy_task.models()
     assert toy_task.models() == first and torch.equal(before, torch.random.get_rng_state())
@@ -1614,7 +1614,8 @@ def test_effects_and_answers_needed():
 
 
 def test_every_run_is_a_valid_command(capsys):
-    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 4)):
+    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 4),
+                        (["--extra"], len(toy_task.EXTRA))):
         assert toy_task.main(["--commands", *more]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == len(set(lines)) == count * (2 if more == ["--tune"] else 8)
@@ -1628,7 +1629,7 @@ def test_every_run_is_a_valid_command(capsys):
             own = re.search(r"TOY_PRETRAINING=(\d*)", environment)[1]
             assert own == (str(config.seed) if more == ["--pretrainings"] else "")
     names = {word.partition(":")[0] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
-    assert names <= set(toy_task.RUNS)
+    assert names <= set(toy_task.RUNS) | set(toy_task.EXTRA)
 
 
 @pytest.fixture()
@@ -1705,11 +1706,13 @@ def test_a_stopped_experiment_keeps_what_is_done(short_experiment, tmp_path, cap
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"asyppo"}
 
 
-def test_a_run_with_the_oracle_has_no_errors(tiny, tmp_path, monkeypatch):
+def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
     for name in ("critic_values", "update_critic"):
         monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
-    assert toy_task.main(["--with-oracle", *arguments(tiny, tmp_path / "run", "--algo", "naive", "--max-new-tokens", "14")]) == 0
-    assert [row["critic_error"] for row in rows_of(tmp_path / "run") if "critic_error" in row] == [0, 0]
+    flags = f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run"
+    assert toy_task.main(flags.split()) == 0
+    row = rows_of(tmp_path / "run")[1]
+    assert row["critic_error"] == row["fitted_error"] == 0 and row["sight"] == row["oracle_sight"] > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------- README

@@ -266,7 +266,7 @@ def models() -> tuple[str, str]:
 
 
 # ######################################################################################################################
-# The experiment: `python toy_task.py` trains some 150 times and answers the paper's claims, one by one. What is run,
+# The experiment: `python toy_task.py` trains some 90 times and answers the paper's claims, one by one. What is run,
 # what is compared and what counts is all data, fixed before these runs. Nothing here is needed by asyppo.py.
 # ######################################################################################################################
 
@@ -311,9 +311,9 @@ def look(learner, batch) -> dict:
     ones; oracle_sight: the same of the true values. critic_error, fitted_error: V_bar's root mean square distance from
     the true values before and after the critics' update. oracle_explained: what the true values explain of the return.
     """
-    if learner.train_problems.examples[0]["level"] != "symbols":
-        return {}
     full = (batch.sizes[:, 1] == SUMS + 1).to(batch.mask.device)
+    if learner.train_problems.examples[0].get("level") != "symbols" or full.sum() < 2:
+        return {}
     P, exact = batch.prompt_width, oracle_values(learner, batch)[full, :SUMS + 1]
     right = (batch.tokens[full, P:P + SUMS].cpu() == right_digits(learner, batch)[full.cpu()]).to(exact.device)
     outcome = batch.rewards.sum(1)[full, None].expand_as(exact)
@@ -410,23 +410,23 @@ ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
 PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pretrained like the mini-critics
 RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive",
         "oracle": "--with-oracle --algo naive"}
-RUNS |= {
-    "shared": "--shared-data", "min": "--aggregate min", "four": "--critics 4",
-    "scratch": "--critic-scratch", "language": "TOY_CRITIC=language",
-    "no-mask": "--mask-k 0", "mask-random": "--mask-by random", "mask-entropy": "--mask-by entropy",
-    # The bonus three times as strong as by default, so that there is something to see.
-    "no-bonus": "--entropy-coef 0", "bonus": "--entropy-coef 0.03", "bonus-plain": "--entropy-coef 0.03 --filter-h 0",
-    "bonus-random": "--entropy-coef 0.03 --filter-by random",
-    "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
-    "asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
-    "asyppo-G2": "--prompts-per-step 64 --group-size 2", "grpo-G2": "--algo grpo --prompts-per-step 64 --group-size 2",
-    "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
+RUNS |= {"shared": "--shared-data", "scratch": "--critic-scratch", "language": "TOY_CRITIC=language",
+         "no-mask": "--mask-k 0", "mask-random": "--mask-by random",
+         "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
+EXTRA = {"asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
+         "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
+         "asyppo-G2": "--prompts-per-step 64 --group-size 2",
+         "grpo-G2": "--algo grpo --prompts-per-step 64 --group-size 2",
+         # The bonus three times as strong as by default, so that there is something to see.
+         "no-bonus": "--entropy-coef 0", "bonus": "--entropy-coef 0.03",
+         "bonus-plain": "--entropy-coef 0.03 --filter-h 0", "bonus-random": "--entropy-coef 0.03 --filter-by random",
+         "min": "--aggregate min", "four": "--critics 4", "mask-entropy": "--mask-by entropy"}
 GRID = {"grpo": "1e-4 3e-4 6e-4 1e-3", "asyppo": "3e-4 6e-4 1e-3", "naive": "3e-4 6e-4 1e-3", "ppo": "3e-4 6e-4 1e-3",
         "oracle": "3e-4 6e-4 1e-3"}
 TUNING = {f"tune-{name}-{lr}-{lam}": f"{RUNS[name]} --lr {lr} --lam {lam}" for name, rates in GRID.items()
           for lr in rates.split() for lam in ("1" if name == "grpo" else "0.5 0.9").split()}  # GRPO has no lambda
 QUICK = ["asyppo", "ppo", "grpo", "oracle", "early"]
-ALL = RUNS | TUNING
+ALL = RUNS | EXTRA | TUNING
 
 # The paper's claims: number, what it says, and the effect whose sign decides, made of RUN:NUMBER (see numbers_of) and
 # computed for each seed. Positive: as the paper says, or, in rows named "more", as the sentence does. "half", "final"
@@ -534,7 +534,7 @@ def gates(results: dict) -> str:
              "| --- | --- | --- | --- | --- |"]
     for name in ("grpo", "asyppo", "ppo", "naive", "oracle", "scratch", "language"):
         half, final, curves = (numbers_by_seed(results, name, key) for key in ("half", "final", "curve"))
-        needs = [reached(curves[seed], level) / reached(grpo, level) for seed, grpo in
+        needs = [reached(curves[seed], level) / max(1, reached(grpo, level)) for seed, grpo in
                  numbers_by_seed(results, "grpo", "curve").items() if seed in curves
                  for level in [results["grpo"][seed]["final"]]]
         if needs:
@@ -561,7 +561,8 @@ def command_of(name: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
     pretraining = str(seed) if seed in MODEL_SEEDS else ""
     script = CACHE.with_name("toy_task.py" if "--with-oracle" in words else "asyppo.py")
     flags = sorted((word for word in words if not word.startswith("TOY_")), key="--with-oracle".__ne__)
-    return ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOY_PRETRAINING": pretraining} | given,
+    return ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOY_PRETRAINING": pretraining,
+             "TOY_CRITIC": "critic"} | given,
             [sys.executable, os.path.relpath(script), *flags, "--seed", str(seed), "--out", str(folder)])
 
 
@@ -630,11 +631,10 @@ def experiment(where: Path, names: list[str], seeds: tuple, jobs: int) -> tuple[
     results = load_results(path)
     todo = [(name, seed) for seed in seeds for name in names if str(seed) not in results.get(name, {})]
     where.mkdir(parents=True, exist_ok=True)
-    for environment in {json.dumps({k: v for k, v in command_of(name, seed, where)[0].items() if k.startswith("TOY_")})
-                        for name, seed in todo}:
-        os.environ.pop("TOY_CRITIC", None)
-        os.environ.update(json.loads(environment))
-        models()  # made here, once, not by the first runs at the same time
+    for environment in sorted({tuple(command_of(name, seed, where)[0].items()) for name, seed in todo}):
+        # The models are made here, once, not by the first runs at the same time.
+        subprocess.run([sys.executable, "-c", "import toy_task; toy_task.models()"], check=True, cwd=CACHE.parent,
+                       env=os.environ | dict(environment))
     with tqdm(total=len(todo), desc="runs", smoothing=0.1) as bar, ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(run, name, seed, where, children): (name, seed) for name, seed in todo}
         try:
@@ -679,7 +679,7 @@ def plot(results: dict, out: Path) -> None:
     axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1),
              title="A sheet of 12 sums, pass or fail (mean and range of the seeds)")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right") if axis.lines else None
     figure.savefig(out / "curves.png", dpi=110)
 
 
@@ -708,6 +708,7 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
+    which.add_argument("--extra", action="store_true", help="more ablations, in another 100 minutes")
     which.add_argument("--pretrainings", action="store_true", help="the main runs again, each seed with other models")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
@@ -719,7 +720,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     names, seeds = ((list(TUNING), TUNING_SEEDS) if given.tune else (QUICK, SEEDS[:1]) if given.quick
-                    else (QUICK[:-1], MODEL_SEEDS) if given.pretrainings else (list(RUNS), SEEDS))
+                    else (list(EXTRA), SEEDS) if given.extra else (QUICK[:-1], MODEL_SEEDS) if given.pretrainings
+                    else (list(RUNS), SEEDS))
     if given.samples:
         for sample in problems("train", 0).select(range(3)):
             sheet = sample["prompt"].split()[:-1]
