@@ -1257,6 +1257,8 @@ def check(config: Config) -> None:
     if config.group_size < max(config.critics, 2 if config.critics == 0 else 1):
         raise UserError(f"group_size {config.group_size} is too small: with critics, each needs an answer to "
                         "every prompt; without, an answer is compared with the others to its prompt")
+    if min(config.prompts_per_step * config.group_size, config.eval_problems) < rank_and_size()[1]:
+        raise UserError(f"{rank_and_size()[1]} processes need an answer and an eval problem each")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1274,6 +1276,8 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         check(config)
         train(config, load_task(config.task))
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         line, code = "stopped" + again, 130

@@ -413,7 +413,9 @@ RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive"
 RUNS |= {"shared": "--shared-data", "scratch": "--critic-scratch", "language": "TOY_CRITIC=language",
          "no-mask": "--mask-k 0", "mask-random": "--mask-by random",
          "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
-EXTRA = {"asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
+EXTRA = {# Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.
+         "language-lam1": "TOY_CRITIC=language --lam 1 --critic-lr 1e-3", "asyppo-lam1": "--lam 1",
+         "asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
          "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
          "asyppo-G2": "--prompts-per-step 64 --group-size 2",
          "grpo-G2": "--algo grpo --prompts-per-step 64 --group-size 2",
@@ -463,7 +465,10 @@ CLAIMS = [
     ("more", "PPO with a full-size critic learns faster than GRPO", "ppo:area - grpo:area"),
     ("more", "with every batch used once, AsyPPO learns faster than GRPO", "asyppo-utd1:area - grpo-utd1:area"),
     ("more", "with 2 answers per prompt, AsyPPO learns faster than GRPO", "asyppo-G2:area - grpo-G2:area"),
-    ("more", "randomly initialised critics learn faster than GRPO", "scratch:area - grpo:area"),
+    ("more", "with randomly initialised critics AsyPPO learns faster than GRPO", "scratch:area - grpo:area"),
+    ("more", "with critics that have seen no grades, and lambda 1, AsyPPO learns faster than GRPO",
+     "language-lam1:area - grpo:area"),
+    ("more", "lambda 0.5 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
 ]
 NOT_ASKED = ["C9 (memory and time): `python figures/cost.py` measures them.",
              "C10 on competition mathematics, with answers of thousands of tokens."]
