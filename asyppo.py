@@ -911,7 +911,7 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     for i, text in enumerate(texts):
         with saying(f"{what}: the prompt of row {i}, {str(text)[-300:]!r}"):
             prompts.append(ids := encode(tokenizer, text))
-            if not ids or unknown & set(ids) or max(ids) >= entries:
+            if not ids or unknown & set(ids) or not 0 <= min(ids) <= max(ids) < entries:
                 raise ValueError(f"empty, or of tokens that the models do not know: {ids[:20]}")
             if len(ids) + room > context:
                 raise ValueError(f"{len(ids)} tokens, which with --max-new-tokens {room} exceed the model's context of "

@@ -1218,6 +1218,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '']* 4})\n" + GOOD_REWARD, "of row 1"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [99999]]* 4})\n" + GOOD_REWARD,
      "of row 1"),
+    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [-1]]* 4})\n" + GOOD_REWARD, "of row 1"),
     ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "OSError: no disk"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '\u20ac'] * 4})\n" + GOOD_REWARD,
      "of tokens that the models do not know"),
