@@ -441,8 +441,8 @@ CLAIMS = [
     ("C2", "pretrained mini-critics guide better than randomly initialised ones", "asyppo:area - scratch:area"),
     ("C2", "as language models alone, without grades, they are better than randomly initialised ones",
      "language:area - scratch:area"),
-    ("C3", "disjoint shards make critics differ (sigma relative to shared data, minus 1)",
-     "asyppo:sigma / shared:sigma - 1"),
+    ("C3", "disjoint shards make critics differ (sigma; on shared data critics that bring a head stay identical: 0)",
+     "asyppo:sigma - shared:sigma"),
     ("C3", "and guide the actor better", "asyppo:area - shared:area"),
     ("C4", "AsyPPO with two mini-critics (and masks) learns faster than with one", "asyppo:area - naive:area"),
     ("C4", "two critics are nearer to the true values than one (each run with its own policy)",
@@ -544,8 +544,9 @@ def gates(results: dict) -> str:
                  numbers_by_seed(results, "grpo", "curve").items() if seed in curves
                  for level in [results["grpo"][seed]["final"]]]
         if needs:
-            lines.append(f"| {name} | {mean(half.values()):.3f} | {mean(final.values()):.3f} | " + " ".join(
-                f"{x:.2f}" for x in needs) + f" | {sum(x <= 0.6 for x in needs)} of {len(needs)} |")
+            shares = " ".join(f"{x:.2f}" if x < math.inf else "never" for x in needs)
+            lines.append(f"| {name} | {mean(half.values()):.3f} | {mean(final.values()):.3f} | {shares} | "
+                         f"{sum(x <= 0.6 for x in needs)} of {len(needs)} |")
     lines += ["", "| sight: V's step at right minus at wrong digits, in SDs of the former | an eighth of the run | "
               "a quarter | half | three quarters |", "| --- | --- | --- | --- | --- |"]
     for name, key in (("asyppo", "sight"), ("asyppo", "oracle_sight"), ("language", "sight"), ("scratch", "sight")):
@@ -553,7 +554,7 @@ def gates(results: dict) -> str:
         if seen:
             cells = [f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in zip(*seen)]
             who = {"oracle_sight": "the true values", "sight": f"{name}'s critics"}[key]
-            lines.append(f"| {who} | " + " | ".join(cells) + " |")
+            lines.append(f"| {who} | " + " | ".join(cells + ["no whole answer"] * (4 - len(cells))) + " |")
     return "\n".join(lines)
 
 
