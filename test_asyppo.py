@@ -111,9 +111,11 @@ def random_model(kind: str = "qwen3", width: int = 16, seed: int = 0):
     common = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     config = {
         "qwen3": lambda: Qwen3Config(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=128, **common),
+                                     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                                     max_position_embeddings=128, **common),
         "llama": lambda: LlamaConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, **common),
+                                     num_attention_heads=2, num_key_value_heads=2,
+                                     max_position_embeddings=128, **common),
         "gpt2": lambda: GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=1024, **common),  # learned positions
         "opt": lambda: OPTConfig(hidden_size=width, ffn_dim=32, num_hidden_layers=2,  # again, shifted
                                  num_attention_heads=2,
@@ -913,7 +915,8 @@ def test_heads_are_float32_where_bodies_are_bf16(monkeypatch):
 # ------------------------------------------------------------------------------- 6 Loading: models, prompts, levels
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n"
+          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
           "{% endif %}{% endif %}")  # what Qwen3's comes down to
 
 
@@ -1218,7 +1221,8 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '']* 4})\n" + GOOD_REWARD, "of row 1"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [99999]]* 4})\n" + GOOD_REWARD,
      "of row 1"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [-1]]* 4})\n" + GOOD_REWARD, "of row 1"),
+    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [-1]]* 4})\n" + GOOD_REWARD,
+     "of row 1"),
     ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "OSError: no disk"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '\u20ac'] * 4})\n" + GOOD_REWARD,
      "of tokens that the models do not know"),
@@ -1262,7 +1266,7 @@ def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
                           cwd=tmp_path, capture_output=True, text=True,
                           env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)})
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B (no such directory; is there such a model on the hub")
+    assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B (no such directory; is there such a")
     assert not (tmp_path / "run/config.json").exists(), "the directory is free again"
 
 
