@@ -255,7 +255,10 @@ def models() -> tuple[str, str]:
             folder.mkdir(parents=True, exist_ok=True)
             with torch.random.fork_rng(), tempfile.TemporaryDirectory(dir=CACHE) as beside:
                 torch.manual_seed(int(pretraining or 0))
+                threads = torch.get_num_threads()
+                torch.set_num_threads(1)  # another number gives other digits, and in the end another critic
                 pretrain(tokenizer, name, pretraining, **TINY[name]).save_pretrained(Path(beside) / name)
+                torch.set_num_threads(threads)
                 tokenizer.save_pretrained(Path(beside) / name)
                 try:
                     os.replace(Path(beside) / name, folder / name)  # whole: a stopped run leaves nothing half-made
