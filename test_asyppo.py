@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast,
-                          Qwen3Config)
+                          Gemma3TextConfig, GPT2Config, GPTNeoConfig, GPTNeoForCausalLM, GPTNeoXConfig, LlamaConfig,
+                          OPTConfig, PreTrainedTokenizerFast, Qwen3Config)
 
 import asyppo
 import toy_task
@@ -557,6 +557,17 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
         asyppo.load_critic(str(tmp_path), 9)
 
 
+def test_a_cut_critic_loads_again_where_kinds_of_layers_have_a_name_of_their_own(tmp_path):
+    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=20, hidden_size=16, num_layers=4, num_heads=2, max_position_embeddings=32,
+                                   attention_types=[[["global", "local"], 2]])).save_pretrained(tmp_path)
+    critic = asyppo.load_critic(str(tmp_path), 1)
+    critic.backbone.save_pretrained(tmp_path / "cut")
+    again, batch = asyppo.load_critic(str(tmp_path / "cut")), sampled(random_model())
+    assert len(again.backbone.h) == 1
+    again.head = critic.head
+    assert torch.equal(again(batch), critic(batch))
+
+
 def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
     config = AutoModel.from_pretrained(tiny / "critic").config
     config.num_labels = 1
@@ -896,6 +907,14 @@ def test_the_cache_is_bf16_where_bodies_are(monkeypatch):
     assert len(seen) > 3 and all(dtypes == {torch.bfloat16} for dtypes in seen)
 
 
+@pytest.mark.parametrize("native", [True, False])  # False: before Ampere, where torch says yes but emulates
+def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: enabled)
+    assert asyppo.mixed_precision(torch.device("cuda")) is native
+    assert asyppo.mixed_precision(torch.device("cpu")) is False
+
+
 def test_heads_are_float32_where_bodies_are_bf16(monkeypatch):
     model, critic = random_model(), asyppo.MiniCritic(random_model().base_model)
     monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
@@ -1180,11 +1199,14 @@ def test_saved_weights_are_the_trained_ones(tiny, tmp_path, spy):
         assert torch.equal(weights(saved), weights(learner.critics[m - 1]))
 
 
-def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, fails, monkeypatch):
-    real = asyppo.logprobs_and_entropy
+@pytest.mark.parametrize("temperature, off", [("1", 0.002), ("0.1", 0.02)])
+def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, tmp_path, fails, monkeypatch, temperature, off):
+    real, flags = asyppo.logprobs_and_entropy, ["--critic-warmup", "0", "--temperature", temperature]
     monkeypatch.setattr(asyppo, "check_model", lambda *a: None)
-    monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + 0.01 for x in real(*a)))
-    fails("scores its own samples differently", "--critic-warmup", "0")
+    monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off for x in real(*a)))
+    fails("scores its own samples differently", *flags)
+    monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off / 4 for x in real(*a)))  # rounding
+    assert asyppo.main(arguments(tiny, tmp_path / "ends", *flags)) == 0
 
 
 TASK_HEAD = "from datasets import Dataset\n"
