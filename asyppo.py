@@ -768,7 +768,7 @@ class Config:
     # takes critics that see, as the toy's do from the start. Those of real models begin with a new head; for them 0.99:
     # 100 tokens before the end, the outcome's own weight is 0.99^100 = 0.37, the rest is the critics' word.
     gamma: float = option(1.0, "discount per token")
-    lam: float = option(0.5, "GAE's lambda for the actor's advantages (0.99 with --model)")
+    lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is by default the plain Monte-Carlo return
     # (critic_lam 1), which no critic's error can bias. Where they already predict values, as the toy's do, their
