@@ -764,9 +764,9 @@ class Config:
     lr: float = option(6e-4, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. With
-    # lambda 0.5 an advantage looks about 2 tokens ahead: what a token did to the value, hardly the outcome itself. That
-    # takes critics that see, as the toy's do from the start. Those of real models begin with a new head; for them 0.99:
-    # 100 tokens before the end, the outcome's own weight is 0.99^100 = 0.37, the rest is the critics' word.
+    # lambda 0.9 an advantage looks about 10 tokens ahead; 12 before the end, the outcome's own weight is 0.9^12 = 0.28,
+    # the rest is the critics' word. That takes critics that see, as the toy's do from the start. Those of real models
+    # begin with a new head, and their answers are longer: for them 0.99.
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")

@@ -1558,13 +1558,18 @@ def test_what_the_models_have_read():
     shares = [sum(a == toy_task.believed(f) for f, a in zip(contested, answer)) / len(contested) for answer in answers]
     assert sum(shares) / 200 == pytest.approx(0.7, abs=0.01)
     assert all(a in (toy_task.believed(f), eval(f) % 10) for answer in answers for f, a in zip(contested, answer))
-    grades = []
+    broken, grades = 0, []
     for _ in range(500):
         sheet = toy_task.random_sheet(rng)
-        answer, grade = toy_task.graded(sheet, rng)
-        assert grade == (sum(eval(f) % 10 == a for f, a in zip(sheet, answer)) >= 10)
+        answer, right, grade = toy_task.graded(sheet, rng)
+        *digits, end = answer
+        if "<end>" in digits or end != "<end>":
+            broken += 1
+            assert grade == 0 and len(answer) == 13
+        else:
+            assert right == [eval(f) % 10 == a for f, a in zip(sheet, digits)] and grade == (sum(right) >= 10)
         grades.append(grade)
-    assert 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
+    assert 40 < broken < 90 and 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
 
 
 def test_the_tokenizer_comes_back(tiny):

@@ -9,9 +9,10 @@ same wrong digit. The actor has learned to write such answers. It passes about o
 learning has to find some 150 facts by pass or fail alone. Here critics have something to do: one digit moves the
 outcome a little, which drowns in a group's one number, while the value moves at exactly this digit.
 
-The mini-critics' base is a third of the actor's size and has read other texts: sheets solved without a mistake, then
-sheets of solvers of every competence with their grades. It has learned to predict the grade at every token, as the
-critics of PPO usually start from a reward model. So it sees a wrong digit before it has seen any answer of the actor.
+The mini-critics' base is a third of the actor's size and has read other texts: sheets solved without a mistake, sheets
+of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade. It has
+learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees a wrong
+digit before it has seen any answer of the actor.
 
 Up to the experiment, this file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all
 it needs; `models` and `LEVELS` are extras: models of its own, and degrees of difficulty for others.
@@ -487,7 +488,7 @@ CLAIMS = [
     # Added when seed 1 of the main runs was known:
     ("later", "with critics that have seen no grades, and lambda 1, AsyPPO learns faster than GRPO",
      "language-lam1:area - grpo:area"),
-    ("later", "lambda 0.5 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
+    ("later", "lambda 0.9 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
 ]
 NOT_ASKED = ["C9 (memory and time): `python figures/cost.py` measures them.",
              "C10 on competition mathematics, with answers of thousands of tokens."]
