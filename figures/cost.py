@@ -120,9 +120,10 @@ def gpu_check(tokenizer: str, out: Path, repeats: int) -> None:
         folder = Path(folder)
         random_qwen3(tokenizer, folder / "qwen3")
         flags, more = ["--model", str(folder / "qwen3"), "--level", "3"], shlex.split(os.environ.get("CHECK_FLAGS", ""))
-        rows = found["two_steps"] = run([*flags, "--steps", "2", "--critic-warmup", "0", *more], folder / "two")
+        rows = found["two_steps"] = run([*flags, *"--steps 2 --critic-warmup 0 --eval-problems 64".split(), *more], folder / "two")
         parts.append(f"Two steps with the defaults: first-pass KL {rows[1]['first_kl']:.1e} and "
-                     f"{rows[2]['first_kl']:.1e}, largest first-pass ratio error {max(row['first_ratio_error'] for row in rows[1:]):.3f}, peak "
+                     f"{rows[2]['first_kl']:.1e}, largest first-pass ratio error "
+                     f"{max(row['first_ratio_error'] for row in rows[1:]):.3f}, peak "
                      f"memory {rows[-1].get('gpu_memory_gib', math.nan):.1f} GiB, the second step "
                      f"{sum(rows[2][f'seconds_{phase}'] for phase in PHASES):.0f} s.")
         write()
@@ -130,11 +131,11 @@ def gpu_check(tokenizer: str, out: Path, repeats: int) -> None:
         before, after = rows[0]["eval_accuracy"], rows[-1]["eval_accuracy"]
         parts.append(f"The toy's default run: accuracy {before:.2f} to {after:.2f} in {rows[-1]['seconds_run']:.0f} s.")
         write()
-        found["profile"] = profile([*flags, "--prompts-per-step", "8", "--out", str(folder), *more], repeats)
-        parts.append("One step of 64 answers of 256 tokens:\n\n" + table(found["profile"]))
+        found["profile"] = profile(
+            [*flags, *"--prompts-per-step 4 --max-new-tokens 64".split(), "--out", str(folder), *more], repeats)
+        parts.append("One step of 32 answers of 64 tokens:\n\n" + table(found["profile"]))
         write()
     print((out / "gpu_check.md").read_text())
-
 
 
 if __name__ == "__main__":
