@@ -1662,7 +1662,7 @@ def test_effects_and_answers_needed():
 
 
 def test_every_run_is_a_valid_command(capsys):
-    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 4),
+    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 2),
                         (["--extra"], len(toy_task.EXTRA))):
         assert toy_task.main(["--commands", *more]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -1743,6 +1743,8 @@ def test_a_stopped_experiment_keeps_what_is_done(short_experiment, tmp_path, cap
         children.add(child)
         started.append(child)
         if name == "grpo":
+            while not (tmp_path / "results.json").exists():  # asyppo's numbers are kept
+                time.sleep(0.01)
             raise KeyboardInterrupt
         child.wait()
         raise RuntimeError

@@ -120,7 +120,8 @@ def gpu_check(tokenizer: str, out: Path, repeats: int) -> None:
         folder = Path(folder)
         random_qwen3(tokenizer, folder / "qwen3")
         flags, more = ["--model", str(folder / "qwen3"), "--level", "3"], shlex.split(os.environ.get("CHECK_FLAGS", ""))
-        rows = found["two_steps"] = run([*flags, *"--steps 2 --critic-warmup 0 --eval-problems 64".split(), *more], folder / "two")
+        short = "--steps 2 --critic-warmup 0 --eval-problems 64".split()
+        rows = found["two_steps"] = run([*flags, *short, *more], folder / "two")
         parts.append(f"Two steps with the defaults: first-pass KL {rows[1]['first_kl']:.1e} and "
                      f"{rows[2]['first_kl']:.1e}, largest first-pass ratio error "
                      f"{max(row['first_ratio_error'] for row in rows[1:]):.3f}, peak "
