@@ -285,7 +285,7 @@ def models() -> tuple[str, str]:
 
 
 # ######################################################################################################################
-# The experiment: `python toy_task.py` trains some 90 times and answers the paper's claims, one by one. What is run,
+# The experiment: `python toy_task.py` trains some 60 times and answers the paper's claims, one by one. What is run,
 # what is compared and what counts is all data, fixed before these runs. Nothing here is needed by asyppo.py.
 # ######################################################################################################################
 
@@ -429,10 +429,11 @@ ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
 PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pretrained like the mini-critics
 RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive",
         "oracle": "--with-oracle --algo naive"}
-RUNS |= {"shared": "--shared-data", "scratch": "--critic-scratch", "language": "TOY_CRITIC=language",
-         "no-mask": "--mask-k 0", "mask-random": "--mask-by random",
+RUNS |= {"no-mask": "--mask-k 0",
          "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
-EXTRA = {# Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.
+EXTRA = {"mask-random": "--mask-by random", "shared": "--shared-data", "scratch": "--critic-scratch",
+         "language": "TOY_CRITIC=language",
+         # Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.
          "language-lam1": "TOY_CRITIC=language --lam 1 --critic-lr 1e-3", "asyppo-lam1": "--lam 1",
          "asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
          "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
@@ -557,7 +558,7 @@ def gates(results: dict) -> str:
     """Room, sight and effect, in Markdown: what a critic could bring, whether ours see, and what they bring."""
     lines = ["| | accuracy half way | at the end | share of GRPO's answers to reach GRPO's end | seeds at most 0.6 |",
              "| --- | --- | --- | --- | --- |"]
-    for name in ("grpo", "asyppo", "ppo", "naive", "oracle", "scratch", "language"):
+    for name in ("grpo", "asyppo", "no-mask", "ppo", "naive", "oracle", "scratch", "language"):
         half, final, curves = (numbers_by_seed(results, name, key) for key in ("half", "final", "curve"))
         needs = [reached(curves[seed], level) / max(1, reached(grpo, level)) for seed, grpo in
                  numbers_by_seed(results, "grpo", "curve").items() if seed in curves
@@ -734,7 +735,7 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
-    which.add_argument("--extra", action="store_true", help="more ablations, in another 100 minutes")
+    which.add_argument("--extra", action="store_true", help="more ablations, in another 120 minutes")
     which.add_argument("--pretrainings", action="store_true", help="AsyPPO and GRPO again, each seed with other models")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
@@ -746,8 +747,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     names, seeds = ((list(TUNING), TUNING_SEEDS) if given.tune else (QUICK, SEEDS[:1]) if given.quick
-                    else (list(EXTRA), SEEDS) if given.extra else (["asyppo", "grpo"], MODEL_SEEDS) if given.pretrainings
-                    else (list(RUNS), SEEDS))
+                    else (list(EXTRA), SEEDS) if given.extra
+                    else (["asyppo", "grpo"], MODEL_SEEDS) if given.pretrainings else (list(RUNS), SEEDS))
     if given.samples:
         for sample in problems("train", 0).select(range(3)):
             sheet = sample["prompt"].split()[:-1]
