@@ -429,9 +429,9 @@ ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
 PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pretrained like the mini-critics
 RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive",
         "oracle": "--with-oracle --algo naive"}
-RUNS |= {"no-mask": "--mask-k 0",
+RUNS |= {"no-mask": "--mask-k 0", "mask-random": "--mask-by random",
          "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
-EXTRA = {"mask-random": "--mask-by random", "shared": "--shared-data", "scratch": "--critic-scratch",
+EXTRA = {"shared": "--shared-data", "scratch": "--critic-scratch",
          "language": "TOY_CRITIC=language",
          # Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.
          "language-lam1": "TOY_CRITIC=language --lam 1 --critic-lr 1e-3", "asyppo-lam1": "--lam 1",
