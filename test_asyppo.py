@@ -1743,7 +1743,8 @@ def test_a_stopped_experiment_keeps_what_is_done(short_experiment, tmp_path, cap
         children.add(child)
         started.append(child)
         if name == "grpo":
-            while not (tmp_path / "results.json").exists():  # asyppo's numbers are kept
+            deadline = time.monotonic() + 10  # by then asyppo's numbers are kept
+            while not (tmp_path / "results.json").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             raise KeyboardInterrupt
         child.wait()

@@ -207,19 +207,20 @@ def fit(model, steps: int, lr: float, what: str, loss_of) -> None:
 
 def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float, steps: int, count_steps: int = 0,
              grade_steps: int = 0):
-    """A model that has read `steps` batches of 64 solved sheets. A critic then reads `count_steps` of them in which it
-    is told at every digit how many were right so far, and `grade_steps` with nothing but the grade. The actor
-    reads demonstrations; in its first half all demonstrators agree, as doubts are learned after the facts. The others
-    begin with sheets of few facts, from which the form is learned: without them, some never got as far as the facts."""
-    rng, P = random.Random(f"{name}{seed}"), SUMS + 1
+    """A model that has read `steps` batches of 64 sheets with answers: the actor demonstrations, all others right ones.
+    In the actor's first half all demonstrators agree, as doubts are learned after the facts. The others begin with few
+    facts, from which the form is learned: without that, some never got as far as the facts.
+
+    A critic then reads answers of all kinds, `count_steps` batches with the number of right digits so far told at every
+    digit, then `grade_steps` with nothing but the grade. Without the count, some saw little."""
+    rng, few, P = random.Random(f"{name}{seed}"), random.Random(0).sample(FACTS, 30), SUMS + 1
 
     def tokens_of(answers, sheets):  # [64, P + SUMS + 1]
         texts = [" ".join([*sheet, "=", *map(str, answer)]) for sheet, answer in zip(sheets, answers)]
         return torch.tensor(tokenizer(texts).input_ids)
 
     def next_token_loss(step):
-        few = name != "actor" and step < 100
-        sheets = [rng.choices(random.Random(0).sample(FACTS, 30) if few else FACTS, k=SUMS) for _ in range(64)]
+        sheets = [rng.choices(few if name != "actor" and step < 100 else FACTS, k=SUMS) for _ in range(64)]
         if name != "actor":
             answers = [list(map(result, sheet)) for sheet in sheets]
         elif step < steps // 2:
@@ -231,13 +232,19 @@ def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float
         labels[:, :P] = -100  # no loss on the sheets: they are random
         return model(input_ids=tokens, labels=labels).loss
 
-    def graded_loss(step):  # the count after each digit; or the grade, from before the first digit to after the end
+    def predictions():  # [64, P + SUMS + 1], of a batch of answers; their right digits [64, SUMS] and grades [64, 1]
         sheets = [random_sheet(rng) for _ in range(64)]
         answers, right, grades = map(list, zip(*(graded(sheet, rng) for sheet in sheets)))
-        predicted = critic.score(critic.model(input_ids=tokens_of(answers, sheets)).last_hidden_state)[..., 0]
-        if counting:
-            return (predicted[:, P:-1] - (torch.tensor(right).cumsum(1) / 4 - 1.5)).square().mean()  # some unit
-        return (predicted[:, P - 1:] - torch.tensor(grades)[:, None]).square().mean()
+        states = critic.model(input_ids=tokens_of(answers, sheets)).last_hidden_state
+        return critic.score(states)[..., 0], torch.tensor(right), torch.tensor(grades)[:, None]
+
+    def count_loss(step):  # after each digit; the count 0 to 12 as -1.5 to 1.5, as networks learn small numbers best
+        predicted, right, _ = predictions()
+        return (predicted[:, P:-1] - (right.cumsum(1) / 4 - 1.5)).square().mean()
+
+    def grade_loss(step):  # from before the first digit to after the end
+        predicted, _, grades = predictions()
+        return (predicted[:, P - 1:] - grades).square().mean()
 
     model = Qwen3ForCausalLM(make_config(tokenizer, width, layers))
     fit(model, steps, lr, name, next_token_loss)
@@ -245,10 +252,10 @@ def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float
         return model
     critic = Qwen3ForSequenceClassification(make_config(tokenizer, width, layers, num_labels=1))
     critic.model.load_state_dict(model.model.state_dict())
-    for counting in (True, False):
-        torch.nn.init.zeros_(critic.score.weight)
-        fit(critic, *((count_steps, lr, f"{name}, counting") if counting else (grade_steps, lr / 2, f"{name}, on grades")),
-            graded_loss)
+    torch.nn.init.zeros_(critic.score.weight)
+    fit(critic, count_steps, lr, f"{name}, counting", count_loss)
+    torch.nn.init.zeros_(critic.score.weight)
+    fit(critic, grade_steps, lr / 2, f"{name}, on grades", grade_loss)
     return critic
 
 
@@ -428,9 +435,8 @@ ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
 # flags, to which seed and directory are added. All else is asyppo.py's default, which was chosen by --tune (README).
 PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pretrained like the mini-critics
 RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive",
-        "oracle": "--with-oracle --algo naive"}
-RUNS |= {"no-mask": "--mask-k 0", "mask-random": "--mask-by random",
-         "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
+        "oracle": "--with-oracle --algo naive", "no-mask": "--mask-k 0", "mask-random": "--mask-by random",
+        "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
 EXTRA = {"shared": "--shared-data", "scratch": "--critic-scratch",
          "language": "TOY_CRITIC=language",
          # Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.

@@ -124,8 +124,8 @@ def gpu_check(tokenizer: str, out: Path, repeats: int) -> None:
         rows = found["two_steps"] = run([*flags, *short, *more], folder / "two")
         parts.append(f"Two steps with the defaults: first-pass KL {rows[1]['first_kl']:.1e} and "
                      f"{rows[2]['first_kl']:.1e}, largest first-pass ratio error "
-                     f"{max(row['first_ratio_error'] for row in rows[1:]):.3f}, peak "
-                     f"memory {rows[-1].get('gpu_memory_gib', math.nan):.1f} GiB, the second step "
+                     f"{max(row['first_ratio_error'] for row in rows[1:]):.3f}, "
+                     f"peak memory {rows[-1].get('gpu_memory_gib', math.nan):.1f} GiB, the second step "
                      f"{sum(rows[2][f'seconds_{phase}'] for phase in PHASES):.0f} s.")
         write()
         rows = found["toy"] = run(shlex.split(os.environ.get("CHECK_TOY_FLAGS", "")), folder / "toy")
