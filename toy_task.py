@@ -726,7 +726,8 @@ def report(results: dict, seeds: tuple) -> str:
     other = {name: {seed: x for seed, x in by_seed.items() if int(seed) in MODEL_SEEDS}
              for name, by_seed in results.items()}
     if any(other.values()) and seeds == SEEDS:
-        parts += [f"{len(MODEL_SEEDS)} other seeds, each with actor and critics of its own pretraining", gates(other)]
+        parts += [f"{len(MODEL_SEEDS)} other seeds, each with actor and critics of its own pretraining", gates(other),
+                  table_of(other, MODEL_SEEDS)]
     if seeds == SEEDS:
         parts += ["Not asked here: " + " ".join(NOT_ASKED)]
     return "\n\n".join(parts)
@@ -742,7 +743,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
     which.add_argument("--extra", action="store_true", help="more ablations, in another 120 minutes")
-    which.add_argument("--pretrainings", action="store_true", help="AsyPPO and GRPO again, each seed with other models")
+    which.add_argument("--pretrainings", action="store_true", help="some rows again, each seed with other models")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
@@ -754,7 +755,7 @@ def main(argv: list[str] | None = None) -> int:
     out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     names, seeds = ((list(TUNING), TUNING_SEEDS) if given.tune else (QUICK, SEEDS[:1]) if given.quick
                     else (list(EXTRA), SEEDS) if given.extra
-                    else (["asyppo", "grpo"], MODEL_SEEDS) if given.pretrainings else (list(RUNS), SEEDS))
+                    else (["asyppo", "grpo", "no-mask", "naive"], MODEL_SEEDS) if given.pretrainings else (list(RUNS), SEEDS))
     if given.samples:
         for sample in problems("train", 0).select(range(3)):
             sheet = sample["prompt"].split()[:-1]
