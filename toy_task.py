@@ -755,7 +755,8 @@ def main(argv: list[str] | None = None) -> int:
     out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     names, seeds = ((list(TUNING), TUNING_SEEDS) if given.tune else (QUICK, SEEDS[:1]) if given.quick
                     else (list(EXTRA), SEEDS) if given.extra
-                    else (["asyppo", "grpo", "no-mask", "naive"], MODEL_SEEDS) if given.pretrainings else (list(RUNS), SEEDS))
+                    else (["asyppo", "grpo", "no-mask", "naive"], MODEL_SEEDS) if given.pretrainings
+                    else (list(RUNS), SEEDS))
     if given.samples:
         for sample in problems("train", 0).select(range(3)):
             sheet = sample["prompt"].split()[:-1]
