@@ -1034,13 +1034,14 @@ def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, 
     flags += f"--prompts-per-step 2 --group-size 2 --out {tmp_path}/run --lr 1e-3 --micro-batch-tokens 900".split()
     assert asyppo.main([*flags, "--activation-checkpointing"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert re.search(r"level 1 +0% right of 32, .*\nlevel 2 +0% .*\nchosen: level 1 \(expect to learn little\)", told)
+    assert re.search(r"level 1-shown +0% right of 32, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le",
+                     told)
     layers, quarter = model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 4)
     count = sum(p.numel() for p in model.parameters())
     assert re.search(rf"actor +{layers} layers +{count:,} .*\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
     assert all(row["first_ratio_error"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["level"] == "1" and config["lr"] == 1e-3 and config["critic_lr"] == 5e-5, "--model's own defaults"
+    assert (config["level"], config["lr"], config["critic_lr"]) == ("1-shown", 1e-3, 5e-5), "--model's own defaults"
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
     assert "right of" not in capsys.readouterr().out, "the level is not chosen again"
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor")
@@ -1051,6 +1052,8 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
     monkeypatch.setattr(toy_task, "SIZES", {"train": 64, "test": 8})
     learner, asked = learner_of(tiny), []
     monkeypatch.setattr(asyppo, "encode", lambda tokenizer, prompt: [3])
+    monkeypatch.setattr(toy_task, "LEVELS", {level: level_of for level, level_of in toy_task.LEVELS.items()
+                                             if "shown" not in level})
     for shares, best, warning in [({"1": 1.0, "2": 0.75, "3": 0.5, "4": 0.25, "5": 0.03, "6": 0.03}, "3", False),
                                   ({"1": 1.0, "2": 0.95, "3": 0.03, "4": 0.0}, "3", True)]:
         asked.clear()
@@ -1527,14 +1530,15 @@ def test_problems_are_right_disjoint_and_different():
                 assert sums.pop() == "=" and len(sums) == 12
                 assert row["answer"].split() == [str(eval(term) % 10) for term in sums]
                 continue
-            *_, question, begun = row["prompt"]
+            *example, question, begun = row["prompt"]
             sums = question["content"].removeprefix("Solve the sums: ").split(", ")
             count, _, largest, operators = toy_task.LEVELS[level]
             assert len(sums) == count and begun == {"role": "assistant", "content": sums[0] + " ="}
             assert row["answer"].split() == [str(eval(term)) for term in sums] and "-" not in row["answer"]
             assert all(0 < int(n) <= largest and sign in operators for n, sign, _ in map(str.split, sums))
-            shown = row["prompt"][1]["content"].split(", ")
-            assert len(shown) == count and all(eval(s.split(" = ")[0]) == int(s.split(" = ")[1]) for s in shown)
+            shown = example[1]["content"].split(", ") if example else []
+            assert len(shown) == (count if "shown" in level else 0)
+            assert all(eval(s.split(" = ")[0]) == int(s.split(" = ")[1]) for s in shown)
 
 
 def test_reward_is_strict():

@@ -99,7 +99,8 @@ def reward(response: str, example: dict) -> float:
 
 # ------------------------------------------------------------------------- the same in words, for real language models
 
-LEVELS = {  # name: sums, right ones to pass, largest number, operators
+LEVELS = {  # name: sums, right ones to pass, largest number, operators; "shown": after a worked example
+    "1-shown": (2, 2, 9, "+"), "2-shown": (3, 2, 5, "+"), "3-shown": (4, 3, 9, "+"),
     "1": (2, 2, 9, "+"), "2": (3, 2, 5, "+"), "3": (4, 3, 9, "+"), "4": (6, 5, 9, "+-"), "5": (8, 7, 20, "+-"),
     "6": (8, 7, 99, "+-"), "7": (10, 8, 99, "+-*"), "8": (12, 10, 99, "*"),
 }
@@ -121,15 +122,15 @@ def solved(term: str) -> int:
 
 
 def chat(sums: list[str], level: str) -> list[dict]:
-    """Messages, ending in an answer that is begun: so chat models write no introduction. From the one worked example
-    small models take the form, and base models, which read it all as plain text, the whole task."""
+    """Messages, ending in an answer that is begun: so chat models write no introduction. Small models take the form
+    from a worked example, which is half of all they read; so the levels without one are tried, too."""
     def exchange(sums, answer):
         return [{"role": "user", "content": "Solve the sums: " + ", ".join(sums)},
                 {"role": "assistant", "content": answer}]
 
     example = random_sums(random.Random(f"example-{level}"), level)
-    return (exchange(example, ", ".join(f"{term} = {solved(term)}" for term in example))
-            + exchange(sums, sums[0] + " ="))
+    shown = exchange(example, ", ".join(f"{term} = {solved(term)}" for term in example)) if "shown" in level else []
+    return shown + exchange(sums, sums[0] + " =")
 
 
 # ------------------------------------------------------------------------------------------ what the models have read
