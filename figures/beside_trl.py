@@ -54,9 +54,9 @@ def trls(seed: int, iterations: int) -> list[float]:
                 folder, seed=seed, max_steps=config.utd * iterations, num_iterations=config.utd,
                 learning_rate=config.lr, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0,
                 max_grad_norm=1.0, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-                num_generations=config.group_size, max_completion_length=config.max_new_tokens, temperature=1.0, beta=0.0, epsilon=config.clip,
-                loss_type="grpo", bf16=False, gradient_checkpointing=False, save_strategy="no", report_to="none",
-                disable_tqdm=True, logging_steps=10**6, model_init_kwargs={"dtype": "float32"}))
+                num_generations=config.group_size, max_completion_length=config.max_new_tokens, temperature=1.0,
+                beta=0.0, epsilon=config.clip, loss_type="grpo", bf16=False, gradient_checkpointing=False,
+                save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, model_init_kwargs={"dtype": "float32"}))
         trainer.train()
     starts = [*ends[:-1:config.utd], ends[-1]]
     return [b - a for a, b in zip(starts, starts[1:])]
