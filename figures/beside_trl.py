@@ -56,7 +56,8 @@ def trls(seed: int, iterations: int) -> list[float]:
                 max_grad_norm=1.0, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
                 num_generations=config.group_size, max_completion_length=config.max_new_tokens, temperature=1.0,
                 beta=0.0, epsilon=config.clip, loss_type="grpo", bf16=False, gradient_checkpointing=False,
-                save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, model_init_kwargs={"dtype": "float32"}))
+                save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6,
+                model_init_kwargs={"dtype": "float32"}))
         trainer.train()
     starts = [*ends[:-1:config.utd], ends[-1]]
     return [b - a for a, b in zip(starts, starts[1:])]
