@@ -846,7 +846,7 @@ def saying(what: str):
 
 
 def in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or '(no message)'}"
 
 
 def load_task(path: str):
@@ -1084,7 +1084,8 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
 def train(config: Config, task) -> None:
     """A whole run: every iteration, all that is printed, all that is left in config.out."""
-    out, rows, batch, first = Path(config.out), [], None, rank_and_size()[0] == 0
+    out = Path(config.out).absolute()  # a task may change the working directory
+    rows, batch, first = [], None, rank_and_size()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
     if first and not config.resume:
         try:  # claimed in one act, before anything slow: of two runs that start together, one stops here

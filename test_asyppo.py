@@ -1139,6 +1139,14 @@ def test_critics_must_read_the_actors_tokens(tiny, tmp_path, fails):
     fails("its tokenizer is not the actor's", "--critic-model", str(tmp_path / "critic"))
 
 
+def test_a_reward_model_with_two_labels_is_refused(tiny, tmp_path, fails):
+    shutil.copytree(tiny / "critic", tmp_path / "critic")
+    config = AutoModel.from_pretrained(tiny / "critic").config
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "critic")
+    fails("size mismatch for weight", "--critic-model", str(tmp_path / "critic"))
+
+
 def test_a_tokenizer_whose_unknown_token_is_its_end_token_trains(tiny, tmp_path):
     """OPT's is; the prompt then holds it on purpose."""
     tokenizer = toy_task.make_tokenizer()
@@ -1284,6 +1292,13 @@ def test_tasks_that_work(tiny, tmp_path):
                                       "    return Dataset.from_dict({'prompt': [[3, 4]] * 8}).with_format('torch')\n"
                                       "def reward(response, example):\n    return response[:1] == RIGHT\n")
     assert asyppo.main(arguments(tiny, tmp_path / "run", "--task", str(tmp_path / "task.py"), "--level", "2")) == 0
+
+
+def test_a_task_may_change_the_working_directory(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text(TASK_HEAD + "import os\ndef problems(split, seed):\n    os.chdir('/')\n"
+                               "    return Dataset.from_dict({'prompt': [[3, 4]] * 8})\n" + GOOD_REWARD)
+    assert asyppo.main(arguments(tiny, "run", "--task", "task.py")) == 0 and (tmp_path / "run/actor").exists()
 
 
 def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
@@ -1708,6 +1723,10 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     accuracy = [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None]
     assert numbers["final"] == pytest.approx(sum(accuracy[-2:]) / 2) and numbers["half"] == accuracy[2]
     assert numbers["area"] == pytest.approx(sum(accuracy) / 5)
+    batch = load_file(out / "runs/asyppo-1/last_batch.safetensors")
+    apart = (batch["values"][0] - batch["values"][1])[batch["mask"].bool()].tolist()
+    assert numbers["offset"] == pytest.approx(
+        statistics.mean(apart) ** 2 / statistics.mean(x * x for x in apart), abs=1e-5)
     claimed = {word.partition(":")[2] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
     assert claimed <= set(numbers) and not list(out.glob("**/model.safetensors"))
     # What is there is not run again; what is not there, or has other flags by now, is.
