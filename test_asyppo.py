@@ -58,11 +58,12 @@ def fails(tiny, tmp_path, capsys):
 
 
 class FirstTokenTask:
-    """Right if the answer's first character is an even digit: a task whose true values are known after one token."""
+    """Prompts of 5 to 12 sums. Right if the answer's first character is an even digit: true values are known then."""
 
     @staticmethod
     def problems(split, seed):
-        return toy_task.problems(split, seed)
+        rows = toy_task.problems(split, seed).select(range(128))
+        return rows.map(lambda row, i: {"prompt": " ".join(row["prompt"].split()[i % 8:])}, with_indices=True)
 
     @staticmethod
     def reward(response, example):
@@ -1491,6 +1492,15 @@ torch.save(found, f"{folder}/{size}-{rank}.pt")
 if size > 1:
     asyppo.dist.destroy_process_group()
 """
+
+
+def test_processes_sample_with_their_own_generators_and_draw_all_else_alike(tiny, monkeypatch):
+    learner, draws = learner_of(tiny), []
+    for rank in range(3):
+        monkeypatch.setattr(asyppo, "rank_and_size", lambda: (rank, 3))
+        draws.append([torch.rand(1, generator=g).item() for step in (1, 2) for g in asyppo.generators(learner, step)])
+    sampling = [x for draw in draws for x in draw[::2]]
+    assert len(set(sampling)) == 6 and draws[0][1::2] == draws[1][1::2] == draws[2][1::2]
 
 
 def test_processes_share_the_work_and_not_the_algorithm(tiny, tmp_path, monkeypatch):
