@@ -69,7 +69,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           AutoTokenizer, DynamicCache)
 
 # =============================================================================================== 1 Equations
-# Each of these functions needs nothing but torch. Padding (mask 0) may hold anything, even NaN.
+# Each of these functions needs nothing but torch. Where one takes a mask, padding (mask 0) may hold anything, even NaN.
 
 
 def assign_shards(num_prompts, group_size, num_critics, generator=None):
@@ -92,7 +92,7 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is what the
-    paper calls the corrected advantage: corrected, because the mean of two critics errs less than either.
+    paper calls the corrected advantage: the squared error of a mean is at most the average of its critics' own.
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
@@ -126,17 +126,18 @@ def whiten(x, mask):
     are kept need not average 0.
     """
     valid = mask.bool()
-    if not valid.any() or x[valid].min() == x[valid].max():  # rounding would be blown up to a deviation of 1
+    kept = x[valid]
+    if len(kept) == 0 or kept.min() == kept.max():  # rounding would be blown up to a deviation of 1
         return torch.zeros_like(x)
-    mean, std = x[valid].mean(), x[valid].std(unbiased=False)
-    return ((x - mean) / (std + 1e-8)).masked_fill(~valid, 0)
+    return ((x - kept.mean()) / (kept.std(unbiased=False) + 1e-8)).masked_fill(~valid, 0)
 
 
 def group_advantages(rewards, group_size):
     """GRPO (arXiv 2402.03300): an answer's reward compared with those of the other answers to the same prompt.
 
     rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number
-    for all tokens of an answer. A group whose answers are all right or all wrong gets 0: nothing to compare.
+    for all tokens of an answer ([:, None] * mask spreads it). A group whose answers are all right or all wrong gets 0:
+    nothing to compare.
     """
     groups = rewards.float().view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
@@ -148,7 +149,7 @@ def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
     Population standard deviation, so that one critic gives 0, not NaN. For two critics it is half the distance between
-    them. Only its ranking is used, and for two critics that is the same for population and sample.
+    them. Only the ranking matters, and the sample standard deviation ranks alike.
     """
     return values.std(dim=0, unbiased=False)
 
@@ -158,9 +159,9 @@ def advantage_mask(sigma, mask, k):
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
     the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) The paper is silent on what is
-    ranked: we rank all valid tokens of the batch, as "states of the batch" reads, not of a minibatch.
+    ranked: we rank all valid tokens of the whole batch together, as it says "states of the batch".
 
-    Exactly floor(k * N) of the N valid tokens are masked; of equals, the first ones. If sigma is the same everywhere
+    Of N valid tokens floor(k * N) are masked; of equals, the first ones. If sigma is the same everywhere
     (one critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of the same shape,
     such as the entropy, may take sigma's place. Raises ValueError for a k outside [0, 1].
     """
@@ -168,7 +169,7 @@ def advantage_mask(sigma, mask, k):
         raise ValueError(f"k must be a share between 0 and 1, not {k}")
     valid = mask.bool()
     keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
-    if len(ranked) and ranked.min() < ranked.max():
+    if len(ranked) and ranked.min() != ranked.max():
         keep[ranked.argsort(stable=True)[:int(k * len(ranked))]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
@@ -185,7 +186,7 @@ def entropy_filter(sigma, mask, h):
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
     keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
-    if len(ranked) and ranked.min() < ranked.max():
+    if len(ranked) and ranked.min() != ranked.max():
         keep[ranked.argsort(stable=True, descending=True)[:int(h * len(ranked))]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
@@ -200,17 +201,19 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     masked by I_A included. Padding gets no gradient; an empty answer counts as 0. With adv_keep 1 and beta 0 this is
     PPO; with a group's advantage on every token, GRPO without its KL penalty.
 
-    The loss does not fall from batch to batch, as a supervised one does: each batch brings new advantages of mean 0.
-    Watch the reward. What keeps the policy near the one that sampled is the clipping; what shows how far it has moved
-    are these stats, over the valid tokens: ratio_error = max |rho - 1|, which is 0 but for rounding on the first pass
-    over a batch; clip_fraction, the share of tokens with rho outside 1 +- clip; and kl, the estimate
-    E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is never negative (Schulman, "Approximating KL", k3).
+    The loss does not fall from batch to batch, as a supervised one does: each batch brings advantages of its own. Watch
+    the reward. Clipping keeps the policy near the one that sampled; how far it has moved, three stats over the valid
+    tokens say: ratio_error = max |rho - 1|, 0 but for rounding on the first pass over a batch; clip_fraction, the share
+    of tokens with rho outside 1 +- clip; and kl, the estimate E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is
+    never negative but for rounding (Schulman, "Approximating KL", k3).
 
-    Returns loss (a scalar) and stats (a dict of scalars).
+    Returns loss (a scalar) and stats (a dict of scalars). For a mean over tokens instead of answers, change the last
+    lines here and the weight in update_actor.
     """
     valid = mask.bool()
-    # Zeroed before exp, not after: exp of a padded inf would send NaN (0 * inf) back through the gradient.
-    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~valid, 0)
+    # Zeroed before exp, not after: exp of a padded inf would send NaN (0 * inf) back through the gradient. So would a
+    # ratio that overflows; e^20 is far beyond any clip.
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     advantages = advantages.detach().masked_fill(~valid, 0)
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -251,7 +254,7 @@ def explained_variance(values, returns, mask):
 class Batch:
     """A batch of answers and all that belongs to their tokens; column P + t of `tokens` is o_t, the answer's token t.
 
-    generate makes the first seven, sample_and_grade adds two, and train_step fills in the others in this order."""
+    generate makes the first seven, sample_and_grade adds two, and train_step the others."""
 
     tokens: torch.Tensor     # [B, P+T] long; prompts end at column P-1, answers start at column P
     attention: torch.Tensor  # [B, P+T] 1 on prompt and answer tokens, 0 on either padding
@@ -278,10 +281,13 @@ class Batch:
     def rows(self, index: torch.Tensor) -> "Batch":
         """The answers numbered by `index`, without the padding that none of them needs."""
         (p, t), P = self.sizes[index].amax(0).tolist(), self.prompt_width
-        columns = {"tokens": slice(P - p, P + t), "attention": slice(P - p, P + t)}
-        where = index.to(self.mask.device)
-        return Batch(**{name: x if x is None else x[index] if name == "sizes" else x[where] if x.dim() == 1 else
-                        x[..., where, columns.get(name, slice(t))] for name, x in vars(self).items()})
+        columns = {"tokens": slice(P - p, P + t), "attention": slice(P - p, P + t), "sizes": slice(2)}
+
+        def cut(name, x):  # [B], [B, columns] or [M, B, columns]
+            rows = index.to(x.device)
+            return x[rows] if x.dim() == 1 else x[..., rows, columns.get(name, slice(t))]
+
+        return Batch(**{name: cut(name, x) for name, x in vars(self).items() if x is not None})
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
@@ -460,8 +466,9 @@ class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any Hugging Face language model and a scalar head.
 
     Pretrained matters: a network that can already continue an answer knows most of what it takes to see whether it is
-    going well, so few answers are enough to teach it values. And all critics start from the *same* checkpoint: then
-    only the data makes them differ, and their disagreement says what the data leaves open, not who was trained better.
+    going well, so few answers are enough to teach it values. And all critics start from the *same* checkpoint: then,
+    but for their new heads, only the data makes them differ, and their disagreement says what the data leaves open, not
+    who was trained better. The backbone must be causal: V(s_t) may not have read o_t.
     """
 
     def __init__(self, backbone, generator: torch.Generator | None = None):
@@ -513,7 +520,7 @@ def make_critics(config: "Config", name: str, layers: int) -> list[MiniCritic]:
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
     """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation, which the
     paper finds not to be the problem."""
-    return values.mean(dim=0) if how == "mean" else values.min(dim=0).values
+    return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
 
 
 # =============================================================================================== 4 Training
@@ -552,8 +559,9 @@ def rank_and_size() -> tuple[int, int]:
 
     Several processes share the work, not the algorithm: shards, whitening and masks belong to the whole batch. So each
     process samples and grades its part of the answers, and the parts are gathered; then every process values, ranks and
-    masks the same whole batch, and computes the gradient of its share of the microbatches. As every loss carries its
-    part of the mean already, the sum of these gradients is exactly that of one process."""
+    masks the same whole batch (GPUs of one kind compute the same), and computes the gradient of its share of the
+    microbatches. As every loss carries its part of the mean already, the sum of these gradients is that of one process.
+    """
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -581,9 +589,9 @@ def gather(part: Batch, mine: torch.Tensor, B: int, P: int, T: int) -> Batch:
 
 def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
     """Random generators for one iteration, on the model's device for sampling, on the CPU for all else. They depend on
-    the seed and the step alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -2 looking,
-    -3 the trial of levels. The factor is larger than any number of steps: no two pairs of seed and step share a
-    generator.) Of several processes each samples with its own; all else they draw alike."""
+    the seed and the step alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -3 the
+    trial of levels. The factor is larger than any number of steps: no two pairs of seed and step share a generator.)
+    Of several processes each samples with its own; all else they draw alike."""
     seed, (rank, _) = 2 * (1_000_003 * (learner.config.seed + 1) + step), rank_and_size()
     return (torch.Generator(learner.device).manual_seed(seed + 2 * 1_000_003 * 1000 * rank),
             torch.Generator().manual_seed(seed + 1))
@@ -698,9 +706,9 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
         shuffle = cpu_generator.get_state()  # all critics shuffle alike: but for their heads, only data sets them apart
         for m in range(len(critics)):
-            shard = torch.ones_like(owner) if config.shared_data else owner == m
+            shard = torch.arange(len(owner)) if config.shared_data else (owner == m).nonzero()[:, 0]
             cpu_generator.set_state(shuffle)
-            update_critic(learner, m, batch, shard.nonzero()[:, 0], cpu_generator)
+            update_critic(learner, m, batch, shard, cpu_generator)
 
         # The corrected advantage: GAE on the ensemble's value. And the critics' disagreement.
         batch.values = critic_values(learner, batch)
@@ -992,7 +1000,7 @@ def make_learner(config: Config, task) -> Learner:
         chosen = choose_level(learner, task) if config.model and getattr(task, "LEVELS", None) else ""
         config = learner.config = replace(config, level=chosen)
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
-    learner.test_problems = load_problems(learner, task, "test", 1, config.level)
+    learner.test_problems = load_problems(learner, task, "test", rank_and_size()[1], config.level)
     return learner
 
 
@@ -1205,6 +1213,7 @@ def save_models(learner: Learner, out: Path) -> None:
     learner.tokenizer.save_pretrained(out / "actor")
     for m, critic in enumerate(learner.critics, 1):
         critic.backbone.save_pretrained(out / f"critic_{m}")
+        learner.tokenizer.save_pretrained(out / f"critic_{m}")
         save_file(critic.head.state_dict(), out / f"critic_{m}" / "value_head.safetensors")
 
 

@@ -192,18 +192,22 @@ def make_config(tokenizer, width: int, layers: int, heads: int = 4, **more) -> Q
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **more)
 
 
-def fit(model, steps: int, lr: float, what: str, loss_of) -> None:
-    """`steps` optimizer steps on loss_of(step), the learning rate first rising, then falling to 0."""
+def fit(model, steps: int, lr: float, what: str, loss_of) -> float:
+    """`steps` optimizer steps on loss_of(step), the learning rate first rising, then falling to 0. Returns the mean
+    loss of the last 20."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 40, (steps - step) / (0.7 * steps)))
+    losses = []
     for step in tqdm(range(steps), desc=f"pretraining the toy's {what} (once)"):
         loss = loss_of(step)
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    return mean(losses[-20:])
 
 
 def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float, steps: int, count_steps: int = 0,
@@ -248,7 +252,9 @@ def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float
         return (predicted[:, P - 1:] - grades).square().mean()
 
     model = Qwen3ForCausalLM(make_config(tokenizer, width, layers))
-    fit(model, steps, lr, name, next_token_loss)
+    for _ in range(3):  # some are slow to learn the facts, and then too late for the doubts: they read it all again
+        if fit(model, steps, lr, name, next_token_loss) < 0.35:
+            break
     if not grade_steps:
         return model
     critic = Qwen3ForSequenceClassification(make_config(tokenizer, width, layers, num_labels=1))
@@ -523,20 +529,18 @@ def verdict(low: float, high: float) -> str:
 
 
 def effect(formula: str, results: dict, seed: str) -> float | None:
-    """The value of RUN:NUMBER terms, constants and + - / (quotients first), for one seed; None if a run is missing.
-    effect("1 - a:x / b:x", {"a": {"1": {"x": 1}}, "b": {"1": {"x": 4}}}, "1") == 0.75"""
-    total, sign, quotient, divide = 0.0, 1.0, None, False
-    for word in [*formula.split(), "+"]:
+    """The value of RUN:NUMBER terms and constants with + and -, for one seed; None if a run is missing.
+    effect("a:x - 0.5", {"a": {"1": {"x": 2.0}}}, "1") == 1.5"""
+    total, sign = 0.0, 1
+    for word in formula.split():
         if word in "+-":
-            total, sign, quotient = total + sign * (quotient or 0.0), 1.0 if word == "+" else -1.0, None
-        elif word == "/":
-            divide = True
-        else:
-            run, _, number = word.partition(":")
-            value = results.get(run, {}).get(seed, {}).get(number) if number else float(word)
-            if value is None:
-                return None
-            quotient, divide = quotient / value if divide else value, False
+            sign = 1 if word == "+" else -1
+            continue
+        run, _, number = word.partition(":")
+        value = results.get(run, {}).get(seed, {}).get(number) if number else float(word)
+        if value is None:
+            return None
+        total += sign * value
     return total
 
 
