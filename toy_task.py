@@ -351,14 +351,15 @@ def look(learner, batch) -> dict:
     right = (batch.tokens[full, P:P + SUMS].cpu() == right_digits(learner, batch)[full.cpu()]).to(exact.device)
     outcome = batch.rewards.sum(1)[full, None].expand_as(exact)
     found = {"oracle_explained": float(1 - (exact - outcome).var() / outcome.var())}
-    for name, values in {"": batch.predicted, "oracle_": exact}.items():
+    predicted, fitted = (None if x is None else x[full, :SUMS + 1] for x in (batch.predicted, batch.v_bar))
+    for name, values in {"": predicted, "oracle_": exact}.items():
         if values is not None:
-            step = values[full, 1:SUMS + 1] - values[full, :SUMS] if name == "" else exact[:, 1:] - exact[:, :-1]
+            step = values[:, 1:] - values[:, :-1]
             found |= {f"{name}step_right": float(step[right].mean()), f"{name}step_wrong": float(step[~right].mean()),
                       f"{name}sight": float((step[right].mean() - step[~right].mean()) / step[right].std())}
-    for name, values in {"critic_error": batch.predicted, "fitted_error": batch.v_bar}.items():
+    for name, values in {"critic_error": predicted, "fitted_error": fitted}.items():
         if values is not None:
-            found[name] = float((values[full, :SUMS + 1] - exact).square().mean().sqrt())
+            found[name] = float((values - exact).square().mean().sqrt())
     return found
 
 
