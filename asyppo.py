@@ -96,12 +96,13 @@ def gae(rewards, values, mask, gamma, lam):
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
-    rewards, values, mask: [B, T]; values[:, t] is V(s_t), the value before token t. After an answer's last token there
-    is no next state, so its value is 0, also where the length limit cut the answer off: it was graded as it stood, and
-    no more reward can come. Positions with mask 0 are skipped, wherever they are.
+    rewards, values, mask: [B, T]; values[:, t] is V(s_t), the value before token t. V after the last token is 0, also
+    where the length limit cut an answer off: it is graded as it stands, and no more reward can come. Positions with
+    mask 0 are skipped, wherever they are, and a reward there is lost.
 
     Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
-    both [B, T], 0 where mask is 0. With lam 0, A_t is the one-step TD error; with lam and gamma 1, R - V(s_t).
+    both [B, T], at least float32, 0 where mask is 0. With lam 0, A_t is the one-step TD error; with lam and gamma 1,
+    R - V(s_t).
     """
     valid, dtype = mask.bool(), torch.promote_types(values.dtype, torch.float32)  # long sums go wrong in bf16
     rewards, values = rewards.to(dtype).masked_fill(~valid, 0), values.to(dtype).masked_fill(~valid, 0)
@@ -119,9 +120,9 @@ def gae(rewards, values, mask, gamma, lam):
 def whiten(x, mask):
     """x [B, T] brought to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere.
 
-    It makes one learning rate fit easy and hard batches. It also amplifies: where all answers are scored alike, nothing
-    is left but the critics' errors, and they become as large as any advantage. (group_advantages gives 0 then.) Where
-    the valid tokens do not differ, or there is only one, the result is 0, not NaN.
+    It makes one learning rate fit easy and hard batches. It also amplifies: if all answers get the same reward, the
+    advantages are nothing but the critics' error, and whitening brings it to the size of any other advantage.
+    (group_advantages gives 0 then.) Where the valid tokens do not differ, or there is only one, the result is 0.
     The paper is silent on whitening; it is usual for PPO. It comes before the advantage mask, so the advantages that
     are kept need not average 0.
     """
@@ -155,7 +156,8 @@ def disagreement(values):
 
 
 def advantage_mask(sigma, mask, k):
-    """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. All [B, T].
+    """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. sigma, mask and
+    the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
     the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) The paper is silent on what is
@@ -175,11 +177,12 @@ def advantage_mask(sigma, mask, k):
 
 
 def entropy_filter(sigma, mask, h):
-    """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. All [B, T].
+    """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. sigma, mask and
+    the result are [B, T].
 
     Where the critics disagree most, the paper takes the state to say little about the outcome: more entropy there only
-    makes answers more random, so these tokens get no entropy bonus. (A curious agent would explore exactly there. But
-    only the bonus is dropped; the advantage stays.) Counted and ranked as in advantage_mask, from the other end.
+    makes answers more random, so these tokens get no entropy bonus. (A curious agent would explore exactly there.)
+    Their advantage is kept. Counted and ranked as in advantage_mask, from the other end.
     Raises ValueError for an h outside [0, 1].
     """
     if not 0 <= h <= 1:
@@ -202,10 +205,11 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     PPO; with a group's advantage on every token, GRPO without its KL penalty.
 
     The loss does not fall from batch to batch, as a supervised one does: each batch brings advantages of its own. Watch
-    the reward. Clipping keeps the policy near the one that sampled; how far it has moved, three stats over the valid
-    tokens say: ratio_error = max |rho - 1|, 0 but for rounding on the first pass over a batch; clip_fraction, the share
-    of tokens with rho outside 1 +- clip; and kl, the estimate E[rho - 1 - log rho] of KL(pi_old || pi_theta), which is
-    never negative but for rounding (Schulman, "Approximating KL", k3).
+    the reward. Clipping keeps the policy near the one that sampled. Three stats over the valid tokens show how far it
+    has moved:
+      ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding
+      clip_fraction  the share of tokens with rho outside 1 +- clip
+      kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)
 
     Returns loss (a scalar) and stats (a dict of scalars). For a mean over tokens instead of answers, change the last
     lines here and the weight in update_actor.
@@ -262,7 +266,7 @@ class Batch:
     logprobs: torch.Tensor   # [B, T] log pi_old(o_t | s_t), noted while sampling
     entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
     truncated: torch.Tensor  # [B] bool: the length limit came before an end token
-    sizes: torch.Tensor      # [B, 2] long: how many tokens the prompt and the answer have; on the CPU, like all `index`
+    sizes: torch.Tensor      # [B, 2] long: tokens of prompt and answer; on the CPU, as are the row numbers for rows()
     problem: torch.Tensor = None     # [B] long, the row of the problem that was answered
     rewards: torch.Tensor = None     # [B, T] r_t: the verifier's R on the last token, 0 before
     predicted: torch.Tensor = None   # [B, T] V_bar before the critics have seen this batch
@@ -279,7 +283,7 @@ class Batch:
         return self.tokens.shape[1] - self.mask.shape[1]
 
     def rows(self, index: torch.Tensor) -> "Batch":
-        """The answers numbered by `index`, without the padding that none of them needs."""
+        """The answers numbered by `index`, cut to the longest prompt and the longest answer among them."""
         (p, t), P = self.sizes[index].amax(0).tolist(), self.prompt_width
         columns = {"tokens": slice(P - p, P + t), "attention": slice(P - p, P + t), "sizes": slice(2)}
 
@@ -291,7 +295,8 @@ class Batch:
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that count real tokens only. Without them left padding shifts learned positions."""
+    """Position ids [B, L] that count real tokens only. Otherwise a left-padded prompt would begin at a position above
+    0, which changes what a model with learned positions predicts."""
     return (attention.cumsum(1) - 1).clamp(min=0)
 
 
@@ -418,8 +423,8 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
 def microbatches(batch: Batch, token_budget: int) -> list[torch.Tensor]:
     """Row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
 
-    Every loss below is a mean, over answers or over tokens. If the caller weights each group's loss by its part of that
-    mean (as update_critic and update_actor do), the gradients add up to that of one big batch, whatever the budget."""
+    If a group's loss is weighted by its share of the answers (update_actor) or of the tokens (update_critic), the
+    gradients add up to that of one big batch, whatever the budget."""
     groups, widest = [[]], torch.zeros(2, dtype=torch.long)
     for row in batch.sizes.sum(1).argsort(stable=True).tolist():
         grown = torch.maximum(widest, batch.sizes[row])  # of the group's prompts and answers, if this row joins it
@@ -436,7 +441,7 @@ def microbatches(batch: Batch, token_budget: int) -> list[torch.Tensor]:
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
     """`auto_class`.from_pretrained in float32 and without dropout (which would make the first pass's ratio differ from
-    1); if `layers` is given, only the first so many layers: how a mini-critic is cut from an actor's checkpoint."""
+    1); if `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
     if (Path(name) / "adapter_config.json").exists():
         raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
@@ -488,9 +493,8 @@ class MiniCritic(nn.Module):
 
 
 def load_critic(name: str, layers: int = 0, generator: torch.Generator | None = None) -> MiniCritic:
-    """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). One that already predicts
-    values keeps its head: a critic saved by a run, or a reward model (AutoModelForSequenceClassification, one label).
-    """
+    """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). A critic saved by a run and a
+    reward model (AutoModelForSequenceClassification, one label) keep their heads; any other gets a new one."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
     model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
     critic = MiniCritic(model.base_model, generator)
@@ -557,11 +561,11 @@ class Learner:
 def rank_and_size() -> tuple[int, int]:
     """The number of this process and how many there are: 0 and 1, unless torchrun has started several.
 
-    Several processes share the work, not the algorithm: shards, whitening and masks belong to the whole batch. So each
+    The algorithm must not depend on their number: shards, whitening and masks belong to the whole batch. So each
     process samples and grades its part of the answers, and the parts are gathered; then every process values, ranks and
     masks the same whole batch (GPUs of one kind compute the same), and computes the gradient of its share of the
-    microbatches. As every loss carries its part of the mean already, the sum of these gradients is that of one process.
-    """
+    microbatches. Each loss is already weighted by its share of the mean, so the sum of these gradients is that of one
+    process."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -591,7 +595,7 @@ def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Gene
     """Random generators for one iteration, on the model's device for sampling, on the CPU for all else. They depend on
     the seed and the step alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -3 the
     trial of levels. The factor is larger than any number of steps: no two pairs of seed and step share a generator.)
-    Of several processes each samples with its own; all else they draw alike."""
+    Each process samples with a generator of its own; everything else is drawn alike on all."""
     seed, (rank, _) = 2 * (1_000_003 * (learner.config.seed + 1) + step), rank_and_size()
     return (torch.Generator(learner.device).manual_seed(seed + 2 * 1_000_003 * 1000 * rank),
             torch.Generator().manual_seed(seed + 1))
@@ -639,9 +643,9 @@ def critic_values(learner: Learner, batch: Batch) -> torch.Tensor:
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """An optimizer step with the gradient clipped to norm 1, which then is freed: only one model's gradient exists at
     a time. A gradient that is not finite raises RuntimeError and never reaches the weights."""
-    for p in model.parameters() if dist.is_initialized() else ():  # a process may have had no microbatch
-        p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
-        if p.requires_grad:
+    if dist.is_initialized():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # this process may have had no microbatch
             reduced(p.grad)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
@@ -695,14 +699,14 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
     watch("rollout", batch)
 
     if critics:
-        # What do the critics predict, before they see this batch? A measurement; and if critic_lam < 1, what their
-        # targets bootstrap from: the ensemble's value, not each critic's own. (The paper is silent.)
+        # What do the critics predict, before they see this batch? It is logged, and if critic_lam < 1, their targets
+        # bootstrap from it: from the ensemble's value, not each critic's own. (The paper is silent.)
         batch.predicted = aggregate(critic_values(learner, batch), config.aggregate)
         _, batch.returns = gae(batch.rewards, batch.predicted, mask, config.gamma, config.critic_lam)
 
         # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's. So on any
         # answer, one critic has just been fitted to how it ended and the others have never seen it: that is part of
-        # what sigma measures. And V_bar has half seen the outcome, which shrinks the advantages.
+        # what sigma measures. And V_bar has seen the outcome, through one critic of M, which shrinks the advantages.
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
         shuffle = cpu_generator.get_state()  # all critics shuffle alike: but for their heads, only data sets them apart
         for m in range(len(critics)):
@@ -729,7 +733,7 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
     watch("critic", batch)
 
     # The actor: utd steps of clipped policy gradient on the same batch, unless the critics are still warming up.
-    warming_up = critics and step <= config.critic_warmup
+    warming_up = len(critics) > 0 and step <= config.critic_warmup
     passes = [] if warming_up else update_actor(learner, batch)
     watch("actor", batch)
     return batch, passes
@@ -773,7 +777,7 @@ class Config:
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. With
     # lambda 0.9 an advantage looks about 10 tokens ahead; 12 before the end, the outcome's own weight is 0.9^12 = 0.28,
-    # the rest is the critics' word. That takes critics that see, as the toy's do from the start. Those of real models
+    # the rest comes from the critics. That takes critics that see, as the toy's do from the start. Those of real models
     # begin with a new head, and their answers are longer: for them 0.99. (0.5 was no faster, and less steady late.)
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)")
@@ -816,7 +820,7 @@ class Config:
 
 # The four algorithms are one loop. A preset is nothing but other defaults for the flags above. The baselines are the
 # plain ones, without entropy bonus (--entropy-coef 0.01 adds it); those with a critic spend their first iterations on
-# it alone. With one critic sigma is 0 and the masks could do nothing anyway; their shares are 0 to say so.
+# it alone. With one critic sigma is 0 and masks by sigma would do nothing; their shares are 0 to say so.
 PRESETS = {
     "asyppo": {},
     "ppo": dict(critics=1, critic_model="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
@@ -864,7 +868,7 @@ def load_task(path: str):
         loader = importlib.machinery.SourceFileLoader("task", path)
         task = sys.modules["task"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("task", loader))
         loader.exec_module(task)
-        return task.problems and task.reward and task
+        return [task, task.problems, task.reward][0]  # or an AttributeError that names what is missing
 
 
 def checked(reward: Callable) -> Callable:
@@ -943,7 +947,7 @@ def choose_level(learner: Learner, task, sample: int = 32) -> str:
         if len(shares) > 1 and max(list(shares.values())[-2:]) < 0.05:
             break
     best = min(shares, key=lambda level: abs(shares[level] - 0.4))
-    print(f"chosen: level {best}" + " (expect to learn little)" * (not 0.1 <= shares[best] <= 0.9))
+    print(f"chosen: level {best}" + ("" if 0.1 <= shares[best] <= 0.9 else " (expect to learn little)"))
     return best
 
 
@@ -958,11 +962,20 @@ def in_turn():
         dist.barrier()
 
 
+def full_name(name: str) -> str:
+    return name if name in ("", "actor") or "/" in name or Path(name).exists() else f"Qwen/{name}"
+
+
+def make_optimizer(*parts: tuple[nn.Module, float]) -> torch.optim.Optimizer:
+    """Of modules, each with its learning rate."""
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for part, lr in parts]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
 def make_learner(config: Config, task) -> Learner:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name, critic_name = [name if name in ("", "actor") or "/" in name or Path(name).exists() else f"Qwen/{name}"
-                         for name in (config.model, config.critic_model)]
+    name, critic_name = full_name(config.model), full_name(config.critic_model)
     if not name:
         with saying(f"--task {config.task} has no model of its own (give one with --model)"), in_turn():
             name, small = task.models()
@@ -989,11 +1002,9 @@ def make_learner(config: Config, task) -> Learner:
             with saying("--activation-checkpointing: not with this model"):
                 getattr(model, "backbone", model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-    rates = [[(actor, config.lr)]] + [[(critic.backbone, config.critic_lr), (critic.head, config.critic_head_lr)]
-                                      for critic in critics]
-    optimizers = [torch.optim.AdamW([{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr}
-                                     for part, lr in parts], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-                  for parts in rates]
+    optimizers = [make_optimizer((actor, config.lr))]
+    optimizers += [make_optimizer((critic.backbone, config.critic_lr), (critic.head, config.critic_head_lr))
+                   for critic in critics]
     learner = Learner(config, actor, critics, optimizers, tokenizer, ends, tokenizer.pad_token_id or 0,
                       checked(task.reward))  # pad id 0: any does, as masks come from lengths
     if config.level == "auto":
@@ -1012,7 +1023,7 @@ def end_ids(model, tokenizer) -> list[int]:
         ids = getattr(place, "eos_token_id", None)
         found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
     if tokenizer.chat_template:
-        with contextlib.suppress(Exception):  # a template that refuses this will be met again, with a prompt
+        with contextlib.suppress(Exception):  # a template that refuses this will refuse the prompts, too
             turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
             rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
             found |= set(tokenizer(rest, add_special_tokens=False).input_ids[:1]) & set(tokenizer.added_tokens_decoder)
@@ -1096,7 +1107,7 @@ def train(config: Config, task) -> None:
     rows, batch, first = [], None, rank_and_size()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
     if first and not config.resume:
-        try:  # claimed in one act, before anything slow: of two runs that start together, one stops here
+        try:  # claimed at once, before anything slow: of two runs that start together, one stops here
             (out / "config.json").open("x").close()
         except FileExistsError:
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
@@ -1165,7 +1176,7 @@ def layers_of(model) -> int:
 
 
 def describe(learner: Learner) -> str:
-    """A line for each model. Memory: float32 weights and Adam's two moments; checkpoint.pt takes as much."""
+    """A line for each model. Memory: float32 weights and Adam's two moments, together the size of checkpoint.pt."""
     lines = []
     for name, model in [("actor", learner.actor), *((f"critic {m}", c) for m, c in enumerate(learner.critics, 1))]:
         count = sum(p.numel() for p in model.parameters())

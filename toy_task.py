@@ -4,7 +4,7 @@
     answer    2 2 3 6 ...               the last digit of every result, in order
     reward    1 if at least ten of the twelve are right, else 0; nobody says which
 
-There are 300 different sums, so 300 facts to know. Half of them are *contested*: seven of ten demonstrators believe the
+There are 300 different sums, so 300 facts to know. Half of them are *contested*: seven of ten demonstrations show the
 same wrong digit. The actor has learned to write such answers. It passes about one sheet in seven, and reinforcement
 learning has to find some 150 facts by pass or fail alone. Here critics have something to do: one digit moves the
 outcome a little, which drowns in a group's one number, while the value moves at exactly this digit.
@@ -15,7 +15,8 @@ learned to predict the grade at every token, as the critics of PPO usually start
 digit before it has seen any answer of the actor.
 
 Up to the experiment, this file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all
-it needs; `models` and `LEVELS` are extras: models of its own, and degrees of difficulty for others.
+it needs. Extras: `models` (models of its own), `LEVELS` (degrees of difficulty), `look` (adds metrics when a run is
+evaluated) and `draw` (makes pictures at its end).
 
     python toy_task.py --samples     shows problems and answers
     python toy_task.py               the experiment: which of the paper's claims show up (the second half of this file)
@@ -135,7 +136,8 @@ def chat(sums: list[str], level: str) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------ what the models have read
 
-CONTESTED, BELIEVERS = 0.5, 0.7  # the share of contested facts; of the demonstrators who believe a wrong digit there
+CONTESTED = 0.5  # the share of contested facts
+BELIEVERS = 0.7  # the share of demonstrations that show the wrong digit there
 
 
 def believed(fact: str) -> int:
@@ -436,7 +438,8 @@ def draw_answer(tokenizer, batch, path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------------- runs and claims
 
-SEEDS, TUNING_SEEDS, MODEL_SEEDS = tuple(range(1, 9)), (901, 902), tuple(range(21, 29))  # each of the last: see run()
+SEEDS, TUNING_SEEDS = tuple(range(1, 9)), (901, 902)
+MODEL_SEEDS = tuple(range(21, 29))  # each has models of its own pretraining
 ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
 
 # name: what comes before the flags of asyppo.py, if anything (KEY=VALUE for the environment, or --with-oracle), and the
@@ -653,7 +656,7 @@ def run(name: str, seed: int, where: Path, children: set) -> dict:
 
 
 def load_results(path: Path) -> dict:
-    """{run: {seed: numbers}} of what was run with today's flags."""
+    """{run: {seed: numbers}} of what was run with today's flags. (Defaults of asyppo.py are not compared.)"""
     try:
         results = json.loads(path.read_text()) if path.exists() else {}
         return {name: kept for name, by_seed in results.items() if (kept := {
