@@ -62,7 +62,8 @@ class FirstTokenTask:
 
     @staticmethod
     def problems(split, seed):
-        rows = toy_task.problems(split, seed).select(range(128))
+        rows = toy_task.problems(split, seed)
+        rows = rows.select(range(min(128, len(rows))))
         return rows.map(lambda row, i: {"prompt": " ".join(row["prompt"].split()[i % 8:])}, with_indices=True)
 
     @staticmethod
