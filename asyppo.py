@@ -3,16 +3,17 @@
 PPO trains a language model (the *actor*) with the help of a second network (the *critic*), which predicts at every
 token how well the answer will end. A critic as large as the actor is expensive and, with one reward at the end of a
 long answer, often wrong. GRPO drops it: every token of an answer gets the same credit. AsyPPO keeps credit per token,
-but from two small *mini-critics*, each trained on its own half of every prompt's answers. One iteration:
+but *asymmetrically*: a large actor, and two small *mini-critics*, each trained on its own half of every prompt's
+answers. One iteration, with M critics, G answers per prompt, and the reasons that the paper gives:
 
     answers  = G samples per prompt from the actor, each graded (0 or 1) at its end        generate
     shards   = every prompt's answers, dealt out to the M critics                          assign_shards
-    each critic m: some gradient steps on (V_m - R)^2, on its own shard only               critic_loss
+    each critic m: a pass over its own shard only, minimising (V_m - R)^2                  critic_loss
     V_bar, sigma = mean and standard deviation over the critics, for every token           disagreement
     A        = generalized advantage estimation on V_bar                                   gae, whiten
     keep_A   = all tokens but the 20 % with the lowest sigma: nothing left to learn there  advantage_mask
     keep_H   = all tokens but the 20 % with the highest sigma: exploring there is noise    entropy_filter
-    utd times: a gradient step of the actor on                                             policy_loss
+    utd times: a gradient step of the actor on the whole batch, rho = pi_theta / pi_old    policy_loss
         -mean( keep_A * min(rho * A, clip(rho) * A) + beta * keep_H * entropy )
 
     python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
@@ -37,12 +38,13 @@ Shapes: B answers (the G answers to one prompt side by side), P prompt positions
 included (stopping is an action too), and 0 on padding; it is made from lengths, not by looking for a pad token.
 
 The authors published no code. What the paper leaves open is marked "The paper is silent" where it is decided; most of
-these choices have a flag. Left out on purpose: a KL penalty to a reference model, value clipping, anything that runs
-asynchronously.
+these choices have a flag. Left out on purpose: a KL penalty to a reference model, value clipping, sampling that runs
+ahead of training.
 """
 import argparse
 import contextlib
 import copy
+import hashlib
 import importlib.machinery
 import importlib.util
 import json
@@ -123,8 +125,8 @@ def whiten(x, mask):
     It makes one learning rate fit easy and hard batches. It also amplifies: if all answers get the same reward, the
     advantages are nothing but the critics' error, and whitening brings it to the size of any other advantage.
     (group_advantages gives 0 then.) Where the valid tokens do not differ, or there is only one, the result is 0.
-    The paper is silent on whitening; it is usual for PPO. It comes before the advantage mask, so the advantages that
-    are kept need not average 0.
+    The paper is silent on whitening; it is usual for PPO. It comes before the advantage mask, so that masking does not
+    change the scale of the others; the advantages that are kept need not average 0.
     """
     valid = mask.bool()
     kept = x[valid]
@@ -160,8 +162,8 @@ def advantage_mask(sigma, mask, k):
     the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) The paper is silent on what is
-    ranked: we rank all valid tokens of the whole batch together, as it says "states of the batch".
+    the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) It speaks of "states of the
+    batch", so we rank all answer tokens of the whole batch together: not per answer, not per minibatch.
 
     Of N valid tokens floor(k * N) are masked; of equals, the first ones. If sigma is the same everywhere
     (one critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of the same shape,
@@ -445,7 +447,7 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     if (Path(name) / "adapter_config.json").exists():
         raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
-    sizes = config.get_text_config()  # of a model that also sees, the part that writes
+    sizes = config.get_text_config()  # of a vision-language model, that of its text part
     if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
         raise ValueError("models that are quantised or cap their logits are not supported")
     for key, value in sizes.to_dict().items():
@@ -472,8 +474,8 @@ class MiniCritic(nn.Module):
 
     Pretrained matters: a network that can already continue an answer knows most of what it takes to see whether it is
     going well, so few answers are enough to teach it values. And all critics start from the *same* checkpoint: then,
-    but for their new heads, only the data makes them differ, and their disagreement says what the data leaves open, not
-    who was trained better. The backbone must be causal: V(s_t) may not have read o_t.
+    but for new heads, only the data makes them differ, and their disagreement reflects what the data does not settle,
+    not a difference in starting points. The backbone must be causal: V(s_t) may not have read o_t.
     """
 
     def __init__(self, backbone, generator: torch.Generator | None = None):
@@ -704,9 +706,10 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
         batch.predicted = aggregate(critic_values(learner, batch), config.aggregate)
         _, batch.returns = gae(batch.rewards, batch.predicted, mask, config.gamma, config.critic_lam)
 
-        # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's. So on any
-        # answer, one critic has just been fitted to how it ended and the others have never seen it: that is part of
-        # what sigma measures. And V_bar has seen the outcome, through one critic of M, which shrinks the advantages.
+        # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's, and the policy
+        # has changed since the critics last learned. So on any answer, one critic has just been fitted to how it ended
+        # and the others have never seen it: that is part of what sigma measures. And V_bar has seen the outcome,
+        # through one critic of M, which shrinks the advantages.
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
         shuffle = cpu_generator.get_state()  # all critics shuffle alike: but for their heads, only data sets them apart
         for m in range(len(critics)):
@@ -776,9 +779,10 @@ class Config:
     lr: float = option(6e-4, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B")
     clip: float = option(0.2, "epsilon of PPO's ratio clipping")
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. With
-    # lambda 0.9 an advantage looks about 10 tokens ahead; 12 before the end, the outcome's own weight is 0.9^12 = 0.28,
-    # the rest comes from the critics. That takes critics that see, as the toy's do from the start. Those of real models
-    # begin with a new head, and their answers are longer: for them 0.99. (0.5 was no faster, and less steady late.)
+    # lambda 0.9 an advantage looks about 10 tokens ahead; 12 before the end, the reward itself has a weight of 0.9^12 =
+    # 0.28, and the rest comes from the critics. That takes accurate critics, as the toy's are from the start. Those of
+    # real models begin with a new head, and their answers are longer: for them 0.99. (On the toy 0.5 was no faster than
+    # 0.9, and less steady late.)
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)")
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
@@ -787,7 +791,8 @@ class Config:
     # backbones move slowly (a fast one forgets what it has learned) and their heads follow the policy. New heads (with
     # --model) first train alone for some iterations, so that the actor does not follow noise.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
-    critic_layers: int = option(0, "a mini-critic's layers, the first of its base (0: all; a quarter of an actor's)")
+    critic_layers: int = option(0, "keep only the first so many layers of the critics' base (0: all; if they are cut "
+                                   "from the actor, as with --model alone, a quarter)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
     shared_embeddings: bool = option(False, "all critics share one frozen copy of their base's embeddings: less memory")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps)")
@@ -819,8 +824,9 @@ class Config:
 
 
 # The four algorithms are one loop. A preset is nothing but other defaults for the flags above. The baselines are the
-# plain ones, without entropy bonus (--entropy-coef 0.01 adds it); those with a critic spend their first iterations on
-# it alone. With one critic sigma is 0 and masks by sigma would do nothing; their shares are 0 to say so.
+# plain ones, without entropy bonus (--entropy-coef 0.01 adds it). The critic of ppo is the actor's checkpoint with a
+# new head, so on the toy it begins blind, unlike the mini-critics. (The experiment gives it a pretrained one.) With one
+# critic sigma is 0 and masks by sigma would do nothing; their shares are 0 to say so.
 PRESETS = {
     "asyppo": {},
     "ppo": dict(critics=1, critic_model="actor", mask_k=0.0, entropy_coef=0.0, filter_h=0.0),
@@ -865,8 +871,10 @@ def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
-        loader = importlib.machinery.SourceFileLoader("task", path)
-        task = sys.modules["task"] = importlib.util.module_from_spec(importlib.util.spec_from_loader("task", loader))
+        # Named after its content: datasets caches what a function of this name has made.
+        name = "task_" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        loader = importlib.machinery.SourceFileLoader(name, path)
+        task = sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(task)
         return [task, task.problems, task.reward][0]  # or an AttributeError that names what is missing
 
@@ -876,7 +884,7 @@ def checked(reward: Callable) -> Callable:
     def call(text: str, example: dict) -> float:
         with saying(f"reward() failed for {str(example)[:300]}"):
             value = float(reward(text, dict(example)))
-            if not abs(value) < 1e30:  # NaN, infinite, or soon so in float32
+            if not abs(value) < 1e15:  # NaN, infinite, or soon so in float32
                 raise ValueError(f"it returned {value}, not a finite number")
             return value
     return call
@@ -915,7 +923,9 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     levels = {str(known): known for known in getattr(task, "LEVELS", [])}
     with saying(f"{what} must return a datasets.Dataset with a column 'prompt'"):
         more = {"level": levels.get(level, level)} if level else {}
-        examples = task.problems(split, learner.config.seed, **more).with_format(None)
+        examples = task.problems(split, learner.config.seed, **more)
+        if examples.format["type"] != "custom":  # a transform of the task's own stays; torch or numpy do not
+            examples = examples.with_format(None)
         if len(examples) < at_least:
             raise ValueError(f"{len(examples)} rows, but {at_least} are needed")
         texts = examples["prompt"]
@@ -928,18 +938,19 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
             if len(ids) + room > context:
                 raise ValueError(f"{len(ids)} tokens, which with --max-new-tokens {room} exceed the model's context of "
                                  f"{context}")
-    if not isinstance(texts[0], str) and not tokenizer.chat_template:  # plain text, whose next line is the next problem
+    if isinstance(texts[0][0], dict) and not tokenizer.chat_template:  # plain text, whose next line is the next problem
         breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
         learner.end_ids = sorted({*learner.end_ids, *breaks})
     return Problems(prompts, examples)
 
 
-def choose_level(learner: Learner, task, sample: int = 32) -> str:
+def choose_level(learner: Learner, task) -> str:
     """Of the task's LEVELS, which go from easy to hard, the one whose share of right answers is nearest to 40 %: there
     a group's answers differ most. Stops where two levels in a row are all but hopeless."""
     shares = {}
     for level in map(str, task.LEVELS):
-        problems = load_problems(learner, task, "train", sample, level)
+        problems = load_problems(learner, task, "train", learner.config.prompts_per_step, level)
+        sample = min(32, len(problems.prompts))
         batch = sample_and_grade(learner, problems, list(range(sample)), generators(learner, -3)[0])
         shares[level] = float(batch.rewards.sum(1).mean())
         print(f"level {level:10s} {shares[level]:4.0%} right of {sample}, "
@@ -1108,7 +1119,8 @@ def train(config: Config, task) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if first and not config.resume:
         try:  # claimed at once, before anything slow: of two runs that start together, one stops here
-            (out / "config.json").open("x").close()
+            with (out / "config.json").open("x") as file:
+                file.write(json.dumps(asdict(config)))
         except FileExistsError:
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
     try:
@@ -1288,7 +1300,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     again = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
-    if "RANK" in os.environ:  # started by torchrun
+    if dist.is_torchelastic_launched():  # by torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -1009,12 +1009,13 @@ def test_every_end_id_is_found():
 def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
     learner = learner_of(tiny)
     breaks = set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
-    for template, chat, ends in [(None, True, {1, *breaks}), (CHATML, True, {1}), (None, False, {1})]:
+    for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
+                                   (None, [5, 6], {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
         for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
             model.get_input_embeddings().num_embeddings = 1000
         task = type("Task", (), {"problems": staticmethod(lambda split, seed: datasets.Dataset.from_dict(
-            {"prompt": [CHAT if chat else "1+1=\n"]}))})
+            {"prompt": [prompt]}))})
         asyppo.load_problems(learner, task, "train", 1, "")
         assert set(learner.end_ids) == ends
     learner.end_ids = [1, *breaks]
@@ -1274,7 +1275,7 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
      "of tokens that the models do not know"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n",
      "it returned nan, not a finite number"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e39\n", "it returned 1e+39"),
+    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e16\n", "it returned 1e+16"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() failed for {'prompt': [3, 4]}"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return None\n", "TypeError"),
     (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "ZeroDivisionError"),
@@ -1305,6 +1306,29 @@ def test_tasks_that_work(tiny, tmp_path):
                                       "    return Dataset.from_dict({'prompt': [[3, 4]] * 8}).with_format('torch')\n"
                                       "def reward(response, example):\n    return response[:1] == RIGHT\n")
     assert asyppo.main(arguments(tiny, tmp_path / "run", "--task", str(tmp_path / "task.py"), "--level", "2")) == 0
+
+
+def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_cache(tiny, tmp_path):
+    seen = []
+    for word in ("3+4", "5*6"):
+        Path(tmp_path / f"{len(seen)}.py").write_text(
+            TASK_HEAD + f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n"
+            "def problems(split, seed):\n    return Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
+            "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})\n" + GOOD_REWARD)
+        task = asyppo.load_task(str(tmp_path / f"{len(seen)}.py"))
+        seen.append(learner_of(tiny, task).train_problems)
+    assert [p.examples[0]["prompt"] for p in seen] == ["3+4 =", "5*6 ="]
+    assert len(seen[0].prompts[0]) == 2 and seen[0].prompts != seen[1].prompts
+
+
+def test_a_run_that_was_killed_while_loading_starts_again_with_resume(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(asyppo, "make_learner", lambda *a: sys.exit())
+        patch.setattr(Path, "unlink", lambda *a, **k: None)  # nothing is tidied up after kill -9
+        with pytest.raises(SystemExit):
+            asyppo.main(arguments(tiny, tmp_path / "run"))
+    assert asyppo.main(["--resume", str(tmp_path / "run")]) == 0
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_a_task_may_change_the_working_directory(tiny, tmp_path, monkeypatch):
