@@ -507,6 +507,9 @@ CLAIMS = [
     ("later", "with critics that have seen no grades, and lambda 1, AsyPPO learns faster than GRPO",
      "language-lam1:area - grpo:area"),
     ("later", "lambda 0.9 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
+    # Added when C3 was known: identical critics have sigma 0, so on shared data nothing is masked.
+    ("later", "control for C3: both without a mask, disjoint shards guide better than shared data",
+     "no-mask:area - shared:area"),
     # Added when the mask was found to do harm and its tokens had been looked at in all seeds:
     ("later", "more than half of the critics' squared disagreement is one constant per critic and batch (share minus "
      "1/2, last batch)", "asyppo:offset - 0.5"),
