@@ -165,7 +165,7 @@ def advantage_mask(sigma, mask, k):
     the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) It speaks of "states of the
     batch", so we rank all answer tokens of the whole batch together: not per answer, not per minibatch.
 
-    Of N valid tokens floor(k * N) are masked; of equals, the first ones. If sigma is the same everywhere
+    Of N valid tokens floor(k * N) are masked; ties are broken in batch order. If sigma is the same everywhere
     (one critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of the same shape,
     such as the entropy, may take sigma's place. Raises ValueError for a k outside [0, 1].
     """
@@ -202,8 +202,8 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
         E[ 1/|o| * sum_t ( I_A(t) * min(rho_t * A_t, clip(rho_t, 1 - eps, 1 + eps) * A_t) + beta * I_H(t) * H_t ) ]
 
     All tensors [B, T]: logprobs and entropy of pi_theta carry gradients; old_logprobs, advantages, adv_keep (I_A) and
-    ent_keep (I_H) are constants. Every answer has the same weight, and it is divided by its full length |o|, tokens
-    masked by I_A included. Padding gets no gradient; an empty answer counts as 0. With adv_keep 1 and beta 0 this is
+    ent_keep (I_H) are constants. Every answer has the same weight: its sum is divided by its full length |o|,
+    tokens masked by I_A included. Padding gets no gradient; an empty answer counts as 0. With adv_keep 1 and beta 0 this is
     PPO; with a group's advantage on every token, GRPO without its KL penalty.
 
     The loss does not fall from batch to batch, as a supervised one does: each batch brings advantages of its own. Watch
@@ -304,7 +304,8 @@ def positions(attention: torch.Tensor) -> torch.Tensor:
 
 # What must be float32, everywhere: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02);
 # the logits (bf16 has 8 significant bits: a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks
-# values that hardly differ: rounded, they are mostly ties). What may be bf16, on a GPU: the products inside the bodies.
+# values that hardly differ: rounded, they are mostly ties). What may be less, on a GPU: the products inside the bodies
+# (bf16) and the heads (TF32, 11 bits; see main).
 
 
 def mixed_precision(device: torch.device):
@@ -423,7 +424,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
 
 
 def microbatches(batch: Batch, token_budget: int) -> list[torch.Tensor]:
-    """Row numbers in groups of similar length, each at most `token_budget` tokens when padded (or one row).
+    """Row numbers in groups of similar length, each at most `token_budget` tokens when padded (a longer row is alone).
 
     If a group's loss is weighted by its share of the answers (update_actor) or of the tokens (update_critic), the
     gradients add up to that of one big batch, whatever the budget."""

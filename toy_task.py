@@ -12,7 +12,8 @@ outcome a little, which drowns in a group's one number, while the value moves at
 The mini-critics' base is a third of the actor's size and has read other texts: sheets solved without a mistake, sheets
 of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade. It has
 learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees a wrong
-digit before it has seen any answer of the actor.
+digit before it has seen any answer of the actor, and with it the facts reach the actor through the critics, not by pass
+or fail alone: the toy shows what a critic that knows is worth, not how it comes to know.
 
 Up to the experiment, this file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all
 it needs. Extras: `models` (models of its own), `LEVELS` (degrees of difficulty), `look` (adds metrics when a run is
