@@ -203,8 +203,8 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
 
     All tensors [B, T]: logprobs and entropy of pi_theta carry gradients; old_logprobs, advantages, adv_keep (I_A) and
     ent_keep (I_H) are constants. Every answer has the same weight: its sum is divided by its full length |o|,
-    tokens masked by I_A included. Padding gets no gradient; an empty answer counts as 0. With adv_keep 1 and beta 0 this is
-    PPO; with a group's advantage on every token, GRPO without its KL penalty.
+    tokens masked by I_A included. Padding gets no gradient; an empty answer counts as 0. With adv_keep 1 and beta 0
+    this is PPO; with a group's advantage on every token, GRPO without its KL penalty.
 
     The loss does not fall from batch to batch, as a supervised one does: each batch brings advantages of its own. Watch
     the reward. Clipping keeps the policy near the one that sampled. Three stats over the valid tokens show how far it
