@@ -896,8 +896,12 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     its chat template, with thinking switched off where there is a switch; a tokenizer without one (a base model's) gets
     them as plain text: the contents, a line each, a blank line between exchanges. If the last message is the
     assistant's, the answer continues it. Token ids stay what they are."""
+    def ids_of(text):  # without an end token that the tokenizer puts after any text: the answer goes on from here
+        ids, appends = tokenizer(text).input_ids, tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]
+        return ids[:-1] if appends else ids
+
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        return ids_of(prompt)
     if all(isinstance(i, int) for i in prompt):
         return prompt
     joined = [m["content"] if isinstance(m["content"], str) else "".join(part["text"] for part in m["content"])
@@ -905,7 +909,7 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     prompt, begun = [m | {"content": text} for m, text in zip(prompt, joined)], prompt[-1]["role"] == "assistant"
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in prompt)
-        return tokenizer(text.rstrip("\n") if begun else text).input_ids
+        return ids_of(text.rstrip("\n") if begun else text)
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=not begun, continue_final_message=begun,
                                          tokenize=False, enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written what special tokens it wants

@@ -993,6 +993,16 @@ def test_a_chat_as_the_model_sees_it(begin, template, shown):
         asyppo.encode(tokenizer, [{"role": "user", "content": None}])
 
 
+def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
+    plain, appending = byte_tokenizer(), byte_tokenizer()
+    appending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", plain.eos_token_id)])
+    assert appending("1+1=").input_ids[-1] == plain.eos_token_id
+    for prompt in ("1+1=", CHAT, BEGUN):
+        assert asyppo.encode(appending, prompt) == asyppo.encode(plain, prompt)
+    assert asyppo.encode(plain, "1</s>")[-1] == plain.eos_token_id, "one that the prompt itself ends with stays"
+
+
 def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
     model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
