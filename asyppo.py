@@ -8,7 +8,7 @@ answers. One iteration, with M critics, G answers per prompt, and the reasons th
 
     answers  = G samples per prompt from the actor, each graded (0 or 1) at its end        generate
     shards   = every prompt's answers, dealt out to the M critics                          assign_shards
-    each critic m: a pass over its own shard only, minimising (V_m - R)^2                  critic_loss
+    each critic m: gradient steps on (V_m - R)^2, on its own shard only                    critic_loss
     V_bar, sigma = mean and standard deviation over the critics, for every token           disagreement
     A        = generalized advantage estimation on V_bar                                   gae, whiten
     keep_A   = all tokens but the 20 % with the lowest sigma: nothing left to learn there  advantage_mask
@@ -94,7 +94,8 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is what the
-    paper calls the corrected advantage: the squared error of a mean is at most the average of its critics' own.
+    paper calls the corrected advantage: corrected, as the squared error of the critics' mean is at most the average of
+    theirs.
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
@@ -162,12 +163,13 @@ def advantage_mask(sigma, mask, k):
     the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) It speaks of "states of the
-    batch", so we rank all answer tokens of the whole batch together: not per answer, not per minibatch.
+    the more often a batch is reused. (figures/RESULTS.md says what the toy finds.) The paper is silent on what is
+    ranked; it speaks of "states of the batch", so we rank all answer tokens of the whole batch together: not per
+    answer, not per minibatch.
 
-    Of N valid tokens floor(k * N) are masked; ties are broken in batch order. If sigma is the same everywhere
-    (one critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of the same shape,
-    such as the entropy, may take sigma's place. Raises ValueError for a k outside [0, 1].
+    Of N valid tokens floor(k * N) are masked; ties are broken in batch order. If sigma is the same everywhere (one
+    critic, or identical ones) it says nothing, and every valid token is kept. Any other signal of the same shape, such
+    as the entropy, may take sigma's place. Raises ValueError for a k outside [0, 1].
     """
     if not 0 <= k <= 1:
         raise ValueError(f"k must be a share between 0 and 1, not {k}")
@@ -647,7 +649,7 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """An optimizer step with the gradient clipped to norm 1, which then is freed: only one model's gradient exists at
     a time. A gradient that is not finite raises RuntimeError and never reaches the weights."""
     if dist.is_initialized():
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
+        for p in [p for p in model.parameters() if p.requires_grad]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # this process may have had no microbatch
             reduced(p.grad)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
@@ -872,12 +874,14 @@ def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
-        # Named after its content: datasets caches what a function of this name has made.
+        # Named after its content: datasets caches what a function has made by the function's module and name, and would
+        # give one task file the rows of another.
         name = "task_" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         loader = importlib.machinery.SourceFileLoader(name, path)
         task = sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(task)
-        return [task, task.problems, task.reward][0]  # or an AttributeError that names what is missing
+        task.problems, task.reward  # an AttributeError names what is missing
+        return task
 
 
 def checked(reward: Callable) -> Callable:
@@ -885,7 +889,7 @@ def checked(reward: Callable) -> Callable:
     def call(text: str, example: dict) -> float:
         with saying(f"reward() failed for {str(example)[:300]}"):
             value = float(reward(text, dict(example)))
-            if not abs(value) < 1e15:  # NaN, infinite, or soon so in float32
+            if not abs(value) < 1e15:  # NaN, infinite, or so when squared in float32
                 raise ValueError(f"it returned {value}, not a finite number")
             return value
     return call
@@ -897,8 +901,8 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     them as plain text: the contents, a line each, a blank line between exchanges. If the last message is the
     assistant's, the answer continues it. Token ids stay what they are."""
     def ids_of(text):  # without an end token that the tokenizer puts after any text: the answer goes on from here
-        ids, appends = tokenizer(text).input_ids, tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]
-        return ids[:-1] if appends else ids
+        ids = tokenizer(text).input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] == tokenizer("1").input_ids[-1:] else ids
 
     if isinstance(prompt, str):
         return ids_of(prompt)
@@ -979,6 +983,7 @@ def in_turn():
 
 
 def full_name(name: str) -> str:
+    """"Qwen3-0.6B" becomes "Qwen/Qwen3-0.6B"; directories, whole hub names and "actor" stay."""
     return name if name in ("", "actor") or "/" in name or Path(name).exists() else f"Qwen/{name}"
 
 

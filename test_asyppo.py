@@ -58,7 +58,8 @@ def fails(tiny, tmp_path, capsys):
 
 
 class FirstTokenTask:
-    """Prompts of 5 to 12 sums. Right if the answer's first character is an even digit: true values are known then."""
+    """Right if the answer's first character is an even digit: a task whose true values are known after one token. The
+    prompts have 5 to 12 sums."""
 
     @staticmethod
     def problems(split, seed):
@@ -1271,8 +1272,8 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--resume", "no_such_run"], "--resume no_such_run: its config.json does not hold a run's flags"),
     ("this is no python", "SyntaxError"),
     ("raise RuntimeError('boom')", "RuntimeError: boom"),
-    (GOOD_REWARD, "has no attribute 'problems'"),
-    (GOOD_PROBLEMS, "has no attribute 'reward'"),
+    (GOOD_REWARD, "task.py: AttributeError: module"),
+    (GOOD_PROBLEMS, "task.py: AttributeError: module"),
     ("def problems(split, seed):\n    return ['1+1=']\n" + GOOD_REWARD, "must return a datasets.Dataset"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'question': ['1'] * 8})\n" + GOOD_REWARD, "'prompt'"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '']* 4})\n" + GOOD_REWARD, "of row 1"),
@@ -1512,6 +1513,31 @@ def torchrun(count, *command):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def test_processes_sample_with_their_own_generators_and_draw_all_else_alike(tiny, monkeypatch):
+    learner, draws = learner_of(tiny), []
+    for rank in range(3):
+        monkeypatch.setattr(asyppo, "rank_and_size", lambda: (rank, 3))
+        draws.append([torch.rand(1, generator=g).item() for step in (1, 2) for g in asyppo.generators(learner, step)])
+    sampling = [x for draw in draws for x in draw[::2]]
+    assert len(set(sampling)) == 6 and draws[0][1::2] == draws[1][1::2] == draws[2][1::2]
+
+
+def test_every_process_needs_a_held_out_problem(tiny, monkeypatch):
+    class Task(FirstTokenTask):
+        @staticmethod
+        def problems(split, seed):
+            return FirstTokenTask.problems(split, seed).select(range(4 if split == "train" else 2))
+
+    monkeypatch.setattr(asyppo, "rank_and_size", lambda: (0, 3))
+    with pytest.raises(asyppo.UserError, match="'test'.*2 rows, but 3 are needed"):
+        learner_of(tiny, Task)
+
+
+def test_a_rank_in_the_environment_is_nothing_without_torchrun(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # some clusters set it for every job
+    assert asyppo.main(arguments(tiny, tmp_path / "run", "--steps", "1")) == 0
+
+
 RANKS = """
 import sys, torch, asyppo, test_asyppo
 folder, tiny = sys.argv[1:]
@@ -1538,15 +1564,6 @@ torch.save(found, f"{folder}/{size}-{rank}.pt")
 if size > 1:
     asyppo.dist.destroy_process_group()
 """
-
-
-def test_processes_sample_with_their_own_generators_and_draw_all_else_alike(tiny, monkeypatch):
-    learner, draws = learner_of(tiny), []
-    for rank in range(3):
-        monkeypatch.setattr(asyppo, "rank_and_size", lambda: (rank, 3))
-        draws.append([torch.rand(1, generator=g).item() for step in (1, 2) for g in asyppo.generators(learner, step)])
-    sampling = [x for draw in draws for x in draw[::2]]
-    assert len(set(sampling)) == 6 and draws[0][1::2] == draws[1][1::2] == draws[2][1::2]
 
 
 def test_processes_share_the_work_and_not_the_algorithm(tiny, tmp_path, monkeypatch):

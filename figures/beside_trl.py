@@ -34,15 +34,14 @@ def ours(seed: int, iterations: int) -> list[float]:
 
 def trls(seed: int, iterations: int) -> list[float]:
     actor, _ = toy_task.models()
-    config, ends = asyppo.parse(["--algo", "grpo"]), []
+    config, marks = asyppo.parse(["--algo", "grpo"]), []  # when each optimizer step began, and the end
     batch = config.prompts_per_step * config.group_size
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **more):
-            ends.append(time.perf_counter())  # the last entry is that of the end
+            marks.append(time.perf_counter())
 
-        def on_train_end(self, args, state, control, **more):
-            ends.append(time.perf_counter())
+        on_train_end = on_step_begin
 
     def graded(prompts, completions, answer, level, **more):
         return [toy_task.reward(text, {"answer": a, "level": b}) for text, a, b in zip(completions, answer, level)]
@@ -59,8 +58,8 @@ def trls(seed: int, iterations: int) -> list[float]:
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6,
                 model_init_kwargs={"dtype": "float32"}))
         trainer.train()
-    starts = [*ends[:-1:config.utd], ends[-1]]
-    return [b - a for a, b in zip(starts, starts[1:])]
+    marks = marks[::config.utd]  # when each iteration began, and the end
+    return [b - a for a, b in zip(marks, marks[1:])]
 
 
 if __name__ == "__main__":
