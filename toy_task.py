@@ -457,8 +457,9 @@ EXTRA = {"shared": "--shared-data", "scratch": "--critic-scratch",
          "language-lam1": "TOY_CRITIC=language --lam 1 --critic-lr 1e-3", "asyppo-lam1": "--lam 1",
          "asyppo-utd8": "--utd 8", "grpo-utd8": "--algo grpo --utd 8", "no-mask-utd8": "--utd 8 --mask-k 0",
          "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
-         "asyppo-G2": "--prompts-per-step 64 --group-size 2",
-         "grpo-G2": "--algo grpo --prompts-per-step 64 --group-size 2",
+         # As many answers, but 2 per prompt instead of 8. (Rows but for asyppo and grpo: added when those were known.)
+         **{f"{name}-G2": f"{RUNS[name]} --prompts-per-step 64 --group-size 2".strip()
+            for name in ("asyppo", "grpo", "no-mask", "ppo", "naive", "oracle")},
          # The bonus three times as strong as by default, so that there is something to see.
          "no-bonus": "--entropy-coef 0", "bonus": "--entropy-coef 0.03",
          "bonus-plain": "--entropy-coef 0.03 --filter-h 0", "bonus-random": "--entropy-coef 0.03 --filter-by random",
@@ -510,6 +511,10 @@ CLAIMS = [
     ("later", "with critics that have seen no grades, and lambda 1, AsyPPO learns faster than GRPO",
      "language-lam1:area - grpo:area"),
     ("later", "lambda 0.9 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
+    # Added when "with 2 answers per prompt" was known:
+    ("later", "with 2 answers per prompt, the advantage mask helps", "asyppo-G2:area - no-mask-G2:area"),
+    ("later", "AsyPPO does better with 2 answers per prompt than with 8", "asyppo-G2:area - asyppo:area"),
+    ("later", "and so does GRPO", "grpo-G2:area - grpo:area"),
     # Added when C3 was known: identical critics have sigma 0, so on shared data nothing is masked.
     ("later", "control for C3: both without a mask, disjoint shards guide better than shared data",
      "no-mask:area - shared:area"),
@@ -585,11 +590,13 @@ def gates(results: dict) -> str:
     """Room, sight and effect, in Markdown: what a critic could bring, whether ours see, and what they bring."""
     lines = ["| | accuracy half way | at the end | share of GRPO's answers to reach GRPO's end | seeds at most 0.6 |",
              "| --- | --- | --- | --- | --- |"]
-    for name in ("grpo", "asyppo", "no-mask", "ppo", "naive", "oracle", "scratch", "language"):
+    main = ("grpo", "asyppo", "no-mask", "ppo", "naive", "oracle")
+    for name in (*main, "scratch", "language", *(f"{name}-G2" for name in main)):
         half, final, curves = (numbers_by_seed(results, name, key) for key in ("half", "final", "curve"))
+        base = "grpo-G2" if name.endswith("-G2") else "grpo"  # GRPO with as many answers per prompt
         needs = [reached(curves[seed], level) / max(1, reached(grpo, level)) for seed, grpo in
-                 numbers_by_seed(results, "grpo", "curve").items() if seed in curves
-                 for level in [results["grpo"][seed]["final"]]]
+                 numbers_by_seed(results, base, "curve").items() if seed in curves
+                 for level in [results[base][seed]["final"]]]
         if needs:
             shares = " ".join(f"{x:.2f}" if x < math.inf else "never" for x in needs)
             lines.append(f"| {name} | {mean(half.values()):.3f} | {mean(final.values()):.3f} | {shares} | "
@@ -778,7 +785,7 @@ def main(argv: list[str] | None = None) -> int:
     out = given.out or (Path("runs/quick") if given.quick else Path(os.path.relpath(CACHE.with_name("figures"))))
     names, seeds = ((list(TUNING), TUNING_SEEDS) if given.tune else (QUICK, SEEDS[:1]) if given.quick
                     else (list(EXTRA), SEEDS) if given.extra
-                    else (["asyppo", "grpo", "no-mask", "naive"], MODEL_SEEDS) if given.pretrainings
+                    else ("asyppo grpo no-mask naive asyppo-G2 grpo-G2".split(), MODEL_SEEDS) if given.pretrainings
                     else (list(RUNS), SEEDS))
     if given.samples:
         for sample in problems("train", 0).select(range(3)):
