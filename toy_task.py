@@ -512,6 +512,9 @@ CLAIMS = [
      "language-lam1:area - grpo:area"),
     ("later", "lambda 0.9 is better than lambda 1", "asyppo:area - asyppo-lam1:area"),
     # Added when "with 2 answers per prompt" was known:
+    ("later", "with 2 answers per prompt, AsyPPO ends above GRPO", "asyppo-G2:final - grpo-G2:final"),
+    ("later", "with 2 answers per prompt, AsyPPO's lead in learning is larger than with 8",
+     "asyppo-G2:area - grpo-G2:area - asyppo:area + grpo:area"),
     ("later", "with 2 answers per prompt, the advantage mask helps", "asyppo-G2:area - no-mask-G2:area"),
     ("later", "AsyPPO does better with 2 answers per prompt than with 8", "asyppo-G2:area - asyppo:area"),
     ("later", "and so does GRPO", "grpo-G2:area - grpo:area"),
