@@ -1754,7 +1754,7 @@ def test_effects_and_answers_needed():
 
 
 def test_every_run_is_a_valid_command(capsys):
-    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 4),
+    for more, count in (([], len(toy_task.RUNS)), (["--tune"], len(toy_task.TUNING)), (["--pretrainings"], 6),
                         (["--extra"], len(toy_task.EXTRA))):
         assert toy_task.main(["--commands", *more]) == 0
         lines = capsys.readouterr().out.splitlines()
