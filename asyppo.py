@@ -770,7 +770,8 @@ class Config:
     out: str = option("", "directory for all that the run leaves behind (if not given, runs/[MODEL-]ALGO-SEED)")
     steps: int = option(40, "iterations, critic warm-up included: each samples a batch of answers and learns from it")
     seed: int = option(0, "of everything random in training; on a CPU, the same seed gives the same metrics")
-    # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest.
+    # Rollouts. G must be at least M. 8 leave each of two critics 4 per prompt; the paper found 32 the sturdiest. (On the
+    # toy, AsyPPO does better with 2 answers to each of 64 prompts.)
     prompts_per_step: int = option(16, "prompts in a batch (32 with --model)")
     group_size: int = option(8, "G: answers sampled per prompt")
     max_new_tokens: int = option(16, "length limit of an answer (256 with --model)")

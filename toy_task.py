@@ -731,21 +731,24 @@ LABELS = {"oracle": "PPO with the true values (bound)", "asyppo": "AsyPPO: two m
 
 
 def plot(results: dict, out: Path) -> None:
-    """curves.png: held-out accuracy by answers generated, mean and range of the seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for color, (name, label) in enumerate(LABELS.items()):
-        curves = torch.tensor(list(numbers_by_seed(results, name, "curve").values()))  # [seeds, evaluations, 2]
-        if len(curves):
-            answers, accuracy = (curves[0, :, 0] * ANSWERS).tolist(), curves[:, :, 1]
-            style = dict(color=f"C{color}", linestyle=":" if name == "oracle" else "-")
-            axis.plot(answers, accuracy.mean(0).tolist(), label=label, **style)
-            axis.fill_between(answers, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), alpha=0.15, linewidth=0,
-                              color=f"C{color}")
-    axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1),
-             title="A sheet of 12 sums, pass or fail (mean and range of the seeds)")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right") if axis.lines else None
+    """curves.png: held-out accuracy by answers generated, mean and range of the seeds; a panel per group size."""
+    panels = {"": "8 answers to each of 16 prompts", "-G2": "2 answers to each of 64 prompts"}
+    panels = {suffix: title for suffix, title in panels.items() if not suffix or "grpo" + suffix in results}
+    figure = Figure(figsize=(6 * len(panels) + 1, 5), layout="constrained")
+    for axis, (suffix, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for color, (name, label) in enumerate(LABELS.items()):
+            curves = torch.tensor(list(numbers_by_seed(results, name + suffix, "curve").values()))
+            if len(curves):  # [seeds, evaluations, 2]
+                answers, accuracy = (curves[0, :, 0] * ANSWERS).tolist(), curves[:, :, 1]
+                style = dict(color=f"C{color}", linestyle=":" if name == "oracle" else "-")
+                axis.plot(answers, accuracy.mean(0).tolist(), label=label, **style)
+                axis.fill_between(answers, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), alpha=0.15,
+                                  linewidth=0, color=f"C{color}")
+        axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1),
+                 title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right") if axis.lines else None
+    figure.suptitle("A sheet of 12 sums, pass or fail (mean and range of the seeds)")
     figure.savefig(out / "curves.png", dpi=110)
 
 
