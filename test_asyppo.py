@@ -1272,8 +1272,8 @@ GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
     (["--resume", "no_such_run"], "--resume no_such_run: its config.json does not hold a run's flags"),
     ("this is no python", "SyntaxError"),
     ("raise RuntimeError('boom')", "RuntimeError: boom"),
-    (GOOD_REWARD, "task.py: AttributeError: module"),
-    (GOOD_PROBLEMS, "task.py: AttributeError: module"),
+    (GOOD_REWARD, "has no attribute 'problems'"),
+    (GOOD_PROBLEMS, "has no attribute 'reward'"),
     ("def problems(split, seed):\n    return ['1+1=']\n" + GOOD_REWARD, "must return a datasets.Dataset"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'question': ['1'] * 8})\n" + GOOD_REWARD, "'prompt'"),
     ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '']* 4})\n" + GOOD_REWARD, "of row 1"),
@@ -1298,6 +1298,13 @@ def test_bad_input_is_one_line_and_exit_code_2(fails, tmp_path, more, said):
         (tmp_path / "task.py").write_text(TASK_HEAD + more)
         more = ["--task", str(tmp_path / "task.py")]
     fails(said, *more)
+
+
+@pytest.mark.parametrize("text, missing", [(GOOD_REWARD, "problems"), (GOOD_PROBLEMS, "reward")])
+def test_a_task_that_lacks_a_function_is_refused_before_models_load(tmp_path, text, missing):
+    (tmp_path / "task.py").write_text(TASK_HEAD + text)
+    with pytest.raises(asyppo.UserError, match=f"^--task .*task.py: AttributeError: .*'{missing}'"):
+        asyppo.load_task(str(tmp_path / "task.py"))
 
 
 @pytest.mark.parametrize("flags, said", [(["--algo", "sarsa"], "invalid choice: 'sarsa'"),

@@ -451,6 +451,7 @@ PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pr
 RUNS = {"asyppo": "", "grpo": "--algo grpo", "ppo": PPO, "naive": "--algo naive",
         "oracle": "--with-oracle --algo naive", "no-mask": "--mask-k 0", "mask-random": "--mask-by random",
         "early": "--steps 8"}  # for figures/tokens.png: an answer while there are mistakes to see
+BOTH = ("grpo", "asyppo", "no-mask", "ppo", "naive", "oracle")  # run with 8 and, as NAME-G2, with 2 answers per prompt
 EXTRA = {"shared": "--shared-data", "scratch": "--critic-scratch",
          "language": "TOY_CRITIC=language",
          # Critics that have seen no grades, with an advantage that trusts the outcome alone and a faster backbone.
@@ -459,7 +460,7 @@ EXTRA = {"shared": "--shared-data", "scratch": "--critic-scratch",
          "asyppo-utd1": "--utd 1", "grpo-utd1": "--algo grpo --utd 1",
          # As many answers, but 2 per prompt instead of 8. (Rows but for asyppo and grpo: added when those were known.)
          **{f"{name}-G2": f"{RUNS[name]} --prompts-per-step 64 --group-size 2".strip()
-            for name in ("asyppo", "grpo", "no-mask", "ppo", "naive", "oracle")},
+            for name in BOTH},
          # The bonus three times as strong as by default, so that there is something to see.
          "no-bonus": "--entropy-coef 0", "bonus": "--entropy-coef 0.03",
          "bonus-plain": "--entropy-coef 0.03 --filter-h 0", "bonus-random": "--entropy-coef 0.03 --filter-by random",
@@ -593,8 +594,7 @@ def gates(results: dict) -> str:
     """Room, sight and effect, in Markdown: what a critic could bring, whether ours see, and what they bring."""
     lines = ["| | accuracy half way | at the end | share of GRPO's answers to reach GRPO's end | seeds at most 0.6 |",
              "| --- | --- | --- | --- | --- |"]
-    main = ("grpo", "asyppo", "no-mask", "ppo", "naive", "oracle")
-    for name in (*main, "scratch", "language", *(f"{name}-G2" for name in main)):
+    for name in (*BOTH, "scratch", "language", *(f"{name}-G2" for name in BOTH)):
         half, final, curves = (numbers_by_seed(results, name, key) for key in ("half", "final", "curve"))
         base = "grpo-G2" if name.endswith("-G2") else "grpo"  # GRPO with as many answers per prompt
         needs = [reached(curves[seed], level) / max(1, reached(grpo, level)) for seed, grpo in
@@ -744,8 +744,7 @@ def plot(results: dict, out: Path) -> None:
                 axis.plot(answers, accuracy.mean(0).tolist(), label=label, **style)
                 axis.fill_between(answers, accuracy.amin(0).tolist(), accuracy.amax(0).tolist(), alpha=0.15,
                                   linewidth=0, color=f"C{color}")
-        axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1),
-                 title=title)
+        axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1), title=title)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right") if axis.lines else None
     figure.suptitle("A sheet of 12 sums, pass or fail (mean and range of the seeds)")
