@@ -821,7 +821,7 @@ class Config:
     checkpoint_every: int = option(10, "iterations between checkpoints, for --resume (0: only at the end)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
     # Fitting into memory. micro_batch_tokens and activation_checkpointing leave the gradient the same.
-    micro_batch_tokens: int = option(4096, "tokens per forward pass in training (1024 with --model)")
+    micro_batch_tokens: int = option(2048, "tokens per forward pass in training (1024 with --model)")
     sample_batch: int = option(256, "answers sampled at once (128 with --model)")
     activation_checkpointing: bool = option(False, "keep no activations inside the layers; recompute them in the "
                                                    "backward pass: less memory, a third more time")

@@ -159,13 +159,13 @@ def graded(sheet: list[str], rng: random.Random) -> tuple[list, list[bool], floa
     belief, slips = rng.random(), rng.uniform(0, 0.1)
     answer = [rng.randint(0, 9) if rng.random() < slips else believed(fact) if rng.random() < belief else result(fact)
               for fact in sheet]
-    right = [result(fact) == digit for fact, digit in zip(sheet, answer)]
-    grade = float(sum(right) >= PASS)
     answer.append("<end>")
-    if rng.random() < 1 / 8:
-        grade, place = 0.0, rng.randint(0, SUMS)
+    whole = rng.random() >= 1 / 8
+    if not whole:
+        place = rng.randint(0, SUMS)
         answer[place] = "<end>" if place < SUMS else rng.randint(0, 9)
-    return answer, right, grade
+    right = [result(fact) == digit for fact, digit in zip(sheet, answer)]
+    return answer, right, float(whole and sum(right) >= PASS)
 
 
 # ------------------------------------------------------------------------------- tiny models, pretrained and cached
