@@ -4,7 +4,7 @@ PPO trains a language model (the *actor*) with the help of a second network (the
 token how well the answer will end. A critic as large as the actor is expensive and, with one reward at the end of a
 long answer, often wrong. GRPO drops it: every token of an answer gets the same credit. AsyPPO keeps credit per token,
 but *asymmetrically*: a large actor, and two small *mini-critics*, each trained on its own half of every prompt's
-answers. One iteration, with M critics, G answers per prompt, and the reasons that the paper gives:
+answers. One iteration (M critics, G answers per prompt), with the paper's reasons:
 
     answers  = G samples per prompt from the actor, each graded (0 or 1) at its end        generate
     shards   = every prompt's answers, dealt out to the M critics                          assign_shards
@@ -16,7 +16,7 @@ answers. One iteration, with M critics, G answers per prompt, and the reasons th
     utd times: a gradient step of the actor on the whole batch, rho = pi_theta / pi_old    policy_loss
         -mean( keep_A * min(rho * A, clip(rho) * A) + beta * keep_H * entropy )
 
-    python asyppo.py                         the toy task on a laptop: a few minutes, from nothing to a trained model
+    python asyppo.py                         the toy task on a laptop, in two minutes
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
     python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same arithmetic in words
     python asyppo.py --help                  every flag and its default (the reasons are in Config)
@@ -94,8 +94,8 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is what the
-    paper calls the corrected advantage: corrected, as the squared error of the critics' mean is at most the average of
-    theirs.
+    paper calls the corrected advantage: corrected, as the squared error of the critics' mean is at most the mean of
+    their squared errors.
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
@@ -486,7 +486,7 @@ class MiniCritic(nn.Module):
         self.backbone = backbone
         width = backbone.config.get_text_config().hidden_size
         self.head = nn.Linear(width, 1)
-        # Small, so that values start near 0; random, so that even critics trained on the same data are not identical.
+        # Small, so that values start near 0; random, so that critics with new heads differ even on the same data.
         nn.init.normal_(self.head.weight, std=1 / (width + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
 
@@ -611,7 +611,7 @@ def answer_texts(learner: Learner, batch: Batch) -> list[str]:
     texts = []
     for row, length in zip(batch.tokens[:, batch.prompt_width:].tolist(), batch.sizes[:, 1].tolist()):
         row, rest = row[:length], ""
-        if row and row[-1] in learner.end_ids:  # a line break, where it ends answers, may share a token: "}\n\n"
+        if row and row[-1] in learner.end_ids:  # keep what a token like "}\n\n" says before the line break
             rest, newline, _ = learner.tokenizer.decode(row.pop()).partition("\n")
             rest = rest if newline else ""
         texts.append(learner.tokenizer.decode(row) + rest)
@@ -711,10 +711,10 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
 
         # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's, and the policy
         # has changed since the critics last learned. So on any answer, one critic has just been fitted to how it ended
-        # and the others have never seen it: that is part of what sigma measures. And V_bar has seen the outcome,
-        # through one critic of M, which shrinks the advantages.
+        # and the others have never seen it: that is part of what sigma measures. It also brings V_bar nearer to the
+        # return, which shrinks the advantages.
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
-        shuffle = cpu_generator.get_state()  # all critics shuffle alike: but for their heads, only data sets them apart
+        shuffle = cpu_generator.get_state()  # all critics shuffle alike: only data, and new heads, set them apart
         for m in range(len(critics)):
             shard = torch.arange(len(owner)) if config.shared_data else (owner == m).nonzero()[:, 0]
             cpu_generator.set_state(shuffle)

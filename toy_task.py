@@ -6,10 +6,10 @@
 
 There are 300 different sums, so 300 facts to know. Half of them are *contested*: seven of ten demonstrations show the
 same wrong digit. The actor has learned to write such answers. It passes about one sheet in seven, and reinforcement
-learning has to find some 150 facts by pass or fail alone. Here critics have something to do: one digit moves the
-outcome a little, which drowns in a group's one number, while the value moves at exactly this digit.
+learning has to find some 150 facts by pass or fail alone. Here critics have something to do: what one digit changes
+is lost in a reward per answer, while the value moves at exactly this digit.
 
-The mini-critics' base is a third of the actor's size and has read other texts: sheets solved without a mistake, sheets
+The mini-critics' base is a quarter of the actor's size and has read other texts: sheets solved without a mistake, sheets
 of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade. It has
 learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees a wrong
 digit before it has seen any answer of the actor, and with it the facts reach the actor through the critics, not by pass
@@ -168,7 +168,7 @@ def graded(sheet: list[str], rng: random.Random) -> tuple[list, list[bool], floa
     return answer, right, float(whole and sum(right) >= PASS)
 
 
-# ------------------------------------------------------------------------------- tiny models, pretrained and cached
+# -------------------------------------------------------------------------------- tiny models and their pretraining
 
 TINY = {  # name: width, layers, learning rate, steps of language modelling, then of counting, then on grades
     "actor": dict(width=128, layers=2, lr=2e-3, steps=500),
@@ -272,10 +272,11 @@ def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float
 
 
 def models() -> tuple[str, str]:
-    """Directories of the pretrained toy actor and of the mini-critics' base, made on first use (two minutes) and kept
-    in toy_models/, under a name that changes with the recipe above. Of the environment, TOY_PRETRAINING (1, 2, ...)
-    asks for another pretraining, with other initial weights and texts, and TOY_CRITIC for another base: "language",
-    which has not seen grades, or "full", which is as large as the actor."""
+    """Directories of the pretrained toy actor and of the mini-critics' base, in toy_models/ under a name that changes
+    with the recipe above. The experiment's come with the repository, as rounding on another machine makes other
+    weights of the recipe; what is not there is pretrained first (two minutes or three). Of the environment, TOY_PRETRAINING (1, 2,
+    ...) asks for another pretraining, with other initial weights and texts, and TOY_CRITIC for another base:
+    "language", which has not seen grades, or "full", which is as large as the actor."""
     pretraining, base = os.environ.get("TOY_PRETRAINING", ""), os.environ.get("TOY_CRITIC", "critic")
     if not re.fullmatch(r"\d{0,9}", pretraining) or base not in ("critic", "language", "full"):
         raise ValueError(f"TOY_PRETRAINING={pretraining} must be a whole number, TOY_CRITIC={base} one of critic, "
@@ -305,7 +306,7 @@ def models() -> tuple[str, str]:
 
 # ######################################################################################################################
 # The experiment: `python toy_task.py` trains some 60 times and answers the paper's claims, one by one. What is run,
-# what is compared and what counts is all data, fixed before these runs. Nothing here is needed by asyppo.py.
+# what is compared and what counts is all data, fixed before these runs but for claims named "later". Nothing here is needed by asyppo.py.
 # ######################################################################################################################
 
 # ------------------------------------------------------------------------------------------------- looking at runs
@@ -478,7 +479,7 @@ ALL = RUNS | EXTRA | TUNING
 CLAIMS = [
     ("C1", "with every batch used 8 times, AsyPPO learns faster than GRPO", "asyppo-utd8:area - grpo-utd8:area"),
     ("C1", "and falls less far below its best", "grpo-utd8:fall - asyppo-utd8:fall"),
-    ("C2", "mini-critics a third of the actor's size guide it: AsyPPO learns faster than GRPO",
+    ("C2", "mini-critics a quarter of the actor's size guide it: AsyPPO learns faster than GRPO",
      "asyppo:area - grpo:area"),
     ("C2", "pretrained mini-critics guide better than randomly initialised ones", "asyppo:area - scratch:area"),
     ("C2", "as language models alone, without grades, they are better than randomly initialised ones",
