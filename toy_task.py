@@ -9,11 +9,11 @@ same wrong digit. The actor has learned to write such answers. It passes about o
 learning has to find some 150 facts by pass or fail alone. Here critics have something to do: what one digit changes
 is lost in a reward per answer, while the value moves at exactly this digit.
 
-The mini-critics' base is a quarter of the actor's size and has read other texts: sheets solved without a mistake, sheets
-of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade. It has
-learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees a wrong
-digit before it has seen any answer of the actor, and with it the facts reach the actor through the critics, not by pass
-or fail alone: the toy shows what a critic that knows is worth, not how it comes to know.
+The mini-critics' base is a quarter of the actor's size and has read other texts: sheets solved without a mistake,
+sheets of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade.
+It has learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees
+a wrong digit before it has seen any answer of the actor, and with it the facts reach the actor through the critics, not
+by pass or fail alone: the toy shows what a critic that knows is worth, not how it comes to know.
 
 Up to the experiment, this file knows nothing of PPO. To asyppo.py it is a *task file*: `problems` and `reward` are all
 it needs. Extras: `models` (models of its own), `LEVELS` (degrees of difficulty), `look` (adds metrics when a run is
@@ -273,9 +273,9 @@ def pretrain(tokenizer, name: str, seed: str, width: int, layers: int, lr: float
 
 def models() -> tuple[str, str]:
     """Directories of the pretrained toy actor and of the mini-critics' base, in toy_models/ under a name that changes
-    with the recipe above. The experiment's come with the repository, as rounding on another machine makes other
-    weights of the recipe; what is not there is pretrained first (two minutes or three). Of the environment, TOY_PRETRAINING (1, 2,
-    ...) asks for another pretraining, with other initial weights and texts, and TOY_CRITIC for another base:
+    with the recipe above. The experiment's come with the repository, as rounding on another machine makes other weights
+    of the recipe; what is not there is pretrained first (two minutes or three). Of the environment, TOY_PRETRAINING (1,
+    2, ...) asks for another pretraining, with other initial weights and texts, and TOY_CRITIC for another base:
     "language", which has not seen grades, or "full", which is as large as the actor."""
     pretraining, base = os.environ.get("TOY_PRETRAINING", ""), os.environ.get("TOY_CRITIC", "critic")
     if not re.fullmatch(r"\d{0,9}", pretraining) or base not in ("critic", "language", "full"):
@@ -306,7 +306,8 @@ def models() -> tuple[str, str]:
 
 # ######################################################################################################################
 # The experiment: `python toy_task.py` trains some 60 times and answers the paper's claims, one by one. What is run,
-# what is compared and what counts is all data, fixed before these runs but for claims named "later". Nothing here is needed by asyppo.py.
+# what is compared and what counts is all data, fixed before the first runs but for the claims named "later". Nothing
+# here is needed by asyppo.py.
 # ######################################################################################################################
 
 # ------------------------------------------------------------------------------------------------- looking at runs
