@@ -779,7 +779,7 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
-    which.add_argument("--extra", action="store_true", help="more ablations, in another 120 minutes")
+    which.add_argument("--extra", action="store_true", help="more ablations, in another two hours or more")
     which.add_argument("--pretrainings", action="store_true", help="some rows again, each seed with other models")
     parser.add_argument("--out", type=Path, help="directory for pictures and results.json, whose runs are not run "
                                                  "again (default: figures, or runs/quick with --quick)")
