@@ -16,7 +16,7 @@ answers. One iteration (M critics, G answers per prompt), with the paper's reaso
     utd times: a gradient step of the actor on the whole batch, rho = pi_theta / pi_old    policy_loss
         -mean( keep_A * min(rho * A, clip(rho) * A) + beta * keep_H * entropy )
 
-    python asyppo.py                         the toy task on a laptop, in two minutes
+    python asyppo.py                         the toy task on a laptop, in about a minute
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
     python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same arithmetic in words
     python asyppo.py --help                  every flag and its default (the reasons are in Config)
