@@ -594,8 +594,8 @@ def numbers_by_seed(results: dict, name: str, number: str) -> dict:
 
 def gates(results: dict) -> str:
     """Room, sight and effect, in Markdown: what a critic could bring, whether ours see, and what they bring."""
-    lines = ["| | accuracy half way | at the end | answers needed for GRPO's final accuracy, of GRPO's, per seed | "
-             "at most 0.6 |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | accuracy half way | at the end | answers needed for GRPO's final accuracy, as a share of GRPO's, per "
+             "seed | at most 0.6 |", "| --- | --- | --- | --- | --- |"]
     for name in (*BOTH, "scratch", "language", *(f"{name}-G2" for name in BOTH)):
         half, final, curves = (numbers_by_seed(results, name, key) for key in ("half", "final", "curve"))
         base = "grpo-G2" if name.endswith("-G2") else "grpo"  # GRPO with as many answers per prompt
