@@ -53,6 +53,7 @@ import os
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -331,7 +332,7 @@ def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float, end_ids: list[int], pad_id: int,
+def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: float, end_ids: list[int],
              generator: torch.Generator, at_once: int = 256) -> Batch:
     """Sample one answer to each of `prompts` (token ids). Repeat a prompt for several answers: it is read only once.
 
@@ -339,10 +340,10 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
     *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update.
     """
-    device, B = generator.device, len(prompts)
+    device, B = model.device, len(prompts)
     P, T = max(map(len, prompts)), max_new_tokens
-    tokens = torch.full((B, P + T), pad_id, device=device)
-    attention = torch.zeros((B, P + T), dtype=torch.long, device=device)
+    tokens, attention = torch.zeros((2, B, P + T), dtype=torch.long, device=device)
+    uniform = torch.rand(B, T, generator=generator).double().to(device)  # one number decides a token
     for row, prompt in enumerate(prompts):
         tokens[row, P - len(prompt):P] = torch.tensor(prompt, device=device)
         attention[row, P - len(prompt):P] = 1
@@ -368,7 +369,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                     hidden, place = hidden[repeat], place[repeat]
                     cache.batch_select_indices(repeat)
                 logp = logits_of(model, hidden, temperature).log_softmax(-1)  # [alive, V]
-                token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+                cumulative = logp.exp().cumsum(-1, dtype=torch.double)  # in float32, rare tokens would get lost
+                token = torch.searchsorted(cumulative, uniform[alive, t, None] * cumulative[:, -1:], right=True)[:, 0]
                 tokens[alive, P + t] = token
                 attention[alive, P + t] = 1
                 logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
@@ -553,7 +555,6 @@ class Learner:
     optimizers: list[torch.optim.Optimizer]  # the actor's, then the critics'
     tokenizer: object
     end_ids: list[int]
-    pad_id: int
     reward: Callable  # reward(answer's text, example) -> float
     train_problems: Problems = None
     test_problems: Problems = None
@@ -596,14 +597,11 @@ def gather(part: Batch, mine: torch.Tensor, B: int, P: int, T: int) -> Batch:
     return batch.rows(torch.arange(B))
 
 
-def generators(learner: Learner, step: int) -> tuple[torch.Generator, torch.Generator]:
-    """Random generators for one iteration, on the model's device for sampling, on the CPU for all else. They depend on
-    the seed and the step alone, so a resumed run draws what an unstopped one would. (Step -1 is evaluation, -3 the
-    trial of levels. The factor is larger than any number of steps: no two pairs of seed and step share a generator.)
-    Each process samples with a generator of its own; everything else is drawn alike on all."""
-    seed, (rank, _) = 2 * (1_000_003 * (learner.config.seed + 1) + step), rank_and_size()
-    return (torch.Generator(learner.device).manual_seed(seed + 2 * 1_000_003 * 1000 * rank),
-            torch.Generator().manual_seed(seed + 1))
+def seeded(seed: int, what) -> torch.Generator:
+    """The random numbers of iteration `what` (or of the evaluation, or the trial of levels): they depend on the seed
+    and the step alone, so a resumed run draws what an unstopped one would. (A hash of both, as a generator on the CPU
+    takes 32 bits.)"""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
 def answer_texts(learner: Learner, batch: Batch) -> list[str]:
@@ -624,7 +622,7 @@ def sample_and_grade(learner: Learner, problems: Problems, index: list[int], gen
     config, (rank, size), prompts = learner.config, rank_and_size(), [problems.prompts[i] for i in index]
     mine = torch.arange(len(index)).tensor_split(size)[rank]
     batch = generate(learner.actor, [prompts[b] for b in mine], config.max_new_tokens, config.temperature,
-                     learner.end_ids, learner.pad_id, generator, config.sample_batch)
+                     learner.end_ids, generator, config.sample_batch)
     scores = [learner.reward(text, problems.examples[index[b]]) for text, b in zip(answer_texts(learner, batch), mine)]
     batch.rewards = torch.zeros_like(batch.mask)
     batch.rewards[torch.arange(len(mine)), batch.sizes[:, 1] - 1] = batch.mask.new_tensor(scores)
@@ -694,10 +692,10 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
     """One iteration, in the paper's order. Returns the batch, with everything that was learned from it, and the
     statistics of the actor's passes. watch(phase, batch) is called after each phase, for timing and looking."""
     config, critics = learner.config, learner.critics
-    generator, cpu_generator = generators(learner, step)
+    generator = seeded(config.seed, step)
 
     # Sample G answers per prompt, the answers to one prompt side by side, and have them graded.
-    drawn = torch.randperm(len(learner.train_problems.prompts), generator=cpu_generator)[:config.prompts_per_step]
+    drawn = torch.randperm(len(learner.train_problems.prompts), generator=generator)[:config.prompts_per_step]
     batch = sample_and_grade(learner, learner.train_problems, drawn.repeat_interleave(config.group_size).tolist(),
                              generator)
     mask, scores = batch.mask, batch.rewards.sum(1)
@@ -713,12 +711,12 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
         # has changed since the critics last learned. So on any answer, one critic has just been fitted to how it ended
         # and the others have never seen it: that is part of what sigma measures. It also brings V_bar nearer to the
         # return, which shrinks the advantages.
-        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), cpu_generator)
-        shuffle = cpu_generator.get_state()  # all critics shuffle alike: only data, and new heads, set them apart
+        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
+        shuffle = generator.get_state()  # all critics shuffle alike: only data, and new heads, set them apart
         for m in range(len(critics)):
             shard = torch.arange(len(owner)) if config.shared_data else (owner == m).nonzero()[:, 0]
-            cpu_generator.set_state(shuffle)
-            update_critic(learner, m, batch, shard, cpu_generator)
+            generator.set_state(shuffle)
+            update_critic(learner, m, batch, shard, generator)
 
         # The corrected advantage: GAE on the ensemble's value. And the critics' disagreement.
         batch.values = critic_values(learner, batch)
@@ -732,7 +730,7 @@ def train_step(learner: Learner, step: int, watch=lambda phase, batch: None) -> 
 
     # The two masks, ranked over the whole batch: learn where critics do not agree yet, explore where they do not
     # disagree too much.
-    noise = torch.rand(mask.shape, generator=cpu_generator).to(mask.device)
+    noise = torch.rand(mask.shape, generator=generator).to(mask.device)
     signals = {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}
     batch.adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
     batch.ent_keep = entropy_filter(signals[config.filter_by], mask, config.filter_h)
@@ -962,7 +960,7 @@ def choose_level(learner: Learner, task) -> str:
     for level in map(str, task.LEVELS):
         problems = load_problems(learner, task, "train", learner.config.prompts_per_step, level)
         sample = min(32, len(problems.prompts))
-        batch = sample_and_grade(learner, problems, list(range(sample)), generators(learner, -3)[0])
+        batch = sample_and_grade(learner, problems, list(range(sample)), seeded(learner.config.seed, "levels"))
         shares[level] = float(batch.rewards.sum(1).mean())
         print(f"level {level:10s} {shares[level]:4.0%} right of {sample}, "
               f"{batch.truncated.float().mean():.0%} cut off by --max-new-tokens")
@@ -1028,8 +1026,7 @@ def make_learner(config: Config, task) -> Learner:
     optimizers = [make_optimizer((actor, config.lr))]
     optimizers += [make_optimizer((critic.backbone, config.critic_lr), (critic.head, config.critic_head_lr))
                    for critic in critics]
-    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, tokenizer.pad_token_id or 0,
-                      checked(task.reward))  # pad id 0: any does, as masks come from lengths
+    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward))
     if config.level == "auto":
         chosen = choose_level(learner, task) if config.model and getattr(task, "LEVELS", None) else ""
         config = learner.config = replace(config, level=chosen)
@@ -1060,11 +1057,11 @@ def check_model(model) -> None:
     entries = model.get_input_embeddings().num_embeddings
     prompts = [[i % entries for i in range(n)] for n in (8, 7, 6, 5, 4, 3)]
     try:
-        first = generate(model, prompts, 3, 1.0, [-1], 0, torch.Generator().manual_seed(0))
+        first = generate(model, prompts, 3, 1.0, [-1], torch.Generator().manual_seed(0))
     except Exception as error:
         raise ValueError("it has no cache that rows can leave, or takes no positions: not supported") from error
     ends = [int(first.tokens[1, 8])]  # what the second answer began with: now it leaves early, others stay
-    batch = generate(model, prompts, 3, 1.0, ends, 0, torch.Generator().manual_seed(0))
+    batch = generate(model, prompts, 3, 1.0, ends, torch.Generator().manual_seed(0))
     scored, _ = logprobs_and_entropy(model, batch, 1.0)
     ours = logits_of(model, states_before(model.base_model, batch.rows(torch.tensor([0])))[0], 1.0)
     theirs = model(input_ids=batch.tokens[:1], use_cache=False).logits[0, 7:7 + len(ours)].float()
@@ -1081,7 +1078,7 @@ def evaluate(learner: Learner) -> float:
     """Mean reward on held-out problems (with a verifier of 0 or 1: the accuracy), one sampled answer each, at the
     training temperature: the policy as it is. The seed is always the same, so an unchanged policy scores the same."""
     index = list(range(min(learner.config.eval_problems, len(learner.test_problems.prompts))))
-    batch = sample_and_grade(learner, learner.test_problems, index, generators(learner, -1)[0])
+    batch = sample_and_grade(learner, learner.test_problems, index, seeded(learner.config.seed, "evaluation"))
     return float(batch.rewards.sum(1).mean())
 
 
@@ -1262,7 +1259,7 @@ MAY_CHANGE = {"steps", "eval_every", "eval_problems", "checkpoint_every", "micro
 LIMITS = [  # names, lowest, highest
     ("steps prompts_per_step group_size max_new_tokens utd critic_epochs critic_batch", 1, math.inf),
     ("eval_every eval_problems micro_batch_tokens sample_batch", 1, math.inf),
-    ("critics critic_layers critic_warmup checkpoint_every", 0, math.inf), ("seed", 0, 2**40),
+    ("critics critic_layers critic_warmup checkpoint_every", 0, math.inf), ("seed", 0, 2**32 - 1),
     ("lr clip", 1e-12, 1), ("temperature", 0.01, 100), ("entropy_coef", 0, 100),
     ("critic_lr critic_head_lr gamma lam critic_lam mask_k filter_h", 0, 1),
 ]
