@@ -51,7 +51,6 @@ def profile(flags: list[str], repeats: int) -> dict:
     for algo in ("asyppo", "grpo", "ppo"):
         config = asyppo.parse(["--algo", algo, *flags, "--lr", "1e-12", "--critic-lr", "0", "--critic-head-lr", "0",
                                "--critic-warmup", "0"])
-        asyppo.check(config)
         learners[algo] = learner = asyppo.make_learner(config, asyppo.load_task(config.task))
         learner.actor, learner.optimizers[0] = learners["asyppo"].actor, learners["asyppo"].optimizers[0]
     for algo, learner in learners.items():
@@ -59,13 +58,13 @@ def profile(flags: list[str], repeats: int) -> dict:
         parameters = {p: p.numel() * (3 if p.requires_grad else 1)
                       for model in (learner.actor, *learner.critics) for p in model.parameters()}
         found[algo] = {"peak_gib": 4 * sum(parameters.values()) / 2**30
-                       + peak_memory(learner.device, lambda: asyppo.train_step(learner, step=1))}
+                       + peak_memory(learner.actor.device, lambda: asyppo.train_step(learner, step=1))}
     for repeat in range(repeats):
         for algo, learner in learners.items():
-            _, metrics = asyppo.timed_step(learner, step=repeat + 2)
+            batch, metrics = asyppo.timed_step(learner, step=repeat + 2)
             seconds = {phase: metrics[f"seconds_{phase}"] for phase in PHASES}
             laps.setdefault(algo, []).append(seconds | {
-                "step": sum(seconds.values()), "tokens_per_second": metrics["generated_tokens_per_second"]})
+                "step": sum(seconds.values()), "tokens_per_second": float(batch.mask.sum()) / seconds["rollout"]})
     for algo in found:
         found[algo] |= {key: median(lap[key] for lap in laps[algo]) for key in laps[algo][0]}
         found[algo]["of_grpo"] = sorted(a["step"] / b["step"] for a, b in zip(laps[algo], laps["grpo"]))
