@@ -59,6 +59,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers is
 import torch
 import torch.distributed as dist
 import transformers
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -163,7 +164,7 @@ def advantage_mask(sigma, mask, k):
     valid = mask.bool()
     keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
     if len(ranked) and ranked.min() != ranked.max():
-        keep[ranked.argsort(stable=True)[:int(k * len(ranked))]] = 0
+        keep[ranked.argsort(stable=True)[:int(k * len(ranked) + 1e-9)]] = 0  # 0.29 * 100 is 28.999...
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -179,7 +180,7 @@ def entropy_filter(sigma, mask, h):
     valid = mask.bool()
     keep, ranked = torch.ones_like(sigma[valid]), sigma[valid]
     if len(ranked) and ranked.min() != ranked.max():
-        keep[ranked.argsort(stable=True, descending=True)[:int(h * len(ranked))]] = 0
+        keep[ranked.argsort(stable=True, descending=True)[:int(h * len(ranked) + 1e-9)]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -473,6 +474,11 @@ def logits_of(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         return model.get_output_embeddings()(hidden.float()) / temperature
 
 
+def entropy_of(logp: torch.Tensor) -> torch.Tensor:
+    """[..., V] -> [...]. Where p is 0 (a model may forbid tokens), p log p and its gradient are 0, not NaN."""
+    return -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
+
+
 def positions(attention: torch.Tensor) -> torch.Tensor:
     """Position ids [B, L] that count real tokens only. Otherwise a left-padded prompt would begin at a position above
     0, which changes what a model with learned positions predicts."""
@@ -536,7 +542,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                 tokens[alive, P + t] = token
                 attention[alive, P + t] = 1
                 logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
-                entropy[alive, t] = -(logp.exp() * logp).sum(-1)
+                entropy[alive, t] = entropy_of(logp)
 
                 going = (~torch.isin(token, ends)).nonzero()[:, 0]
                 if len(going) == 0:
@@ -557,14 +563,14 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 
 def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
-    """The answers as text, without the end token."""
+    """The answers as text, just as they continue their prompts (a decoder may drop a space that comes first), without
+    the end token. Of an end token like "}\n\n", what it says before the line break is kept."""
     texts = []
-    for row, length in zip(batch.tokens[:, batch.prompt_width:].tolist(), batch.sizes[:, 1].tolist()):
-        row, rest = row[:length], ""
-        if row and row[-1] in learner.end_ids:  # keep what a token like "}\n\n" says before the line break
-            rest, newline, _ = learner.tokenizer.decode(row.pop()).partition("\n")
-            rest = rest if newline else ""
-        texts.append(learner.tokenizer.decode(row) + rest)
+    for row, (p, t), P in zip(batch.tokens.tolist(), batch.sizes.tolist(), [batch.prompt_width] * len(batch.sizes)):
+        ended = row[P + t - 1] in learner.end_ids
+        prompt, said, whole = (learner.tokenizer.decode(row[P - p:P + n]) for n in (0, t - ended, t))
+        rest, newline, _ = whole[len(said):].partition("\n")
+        texts.append(said[len(prompt):] + (rest if newline else ""))
     return texts
 
 
@@ -588,7 +594,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
     and recomputed in the backward pass rather than kept (checkpoint): no [B, T, V] tensor ever exists."""
     def head_chunk(hidden, token):  # [N, D], [N] -> [N], [N]
         logp = logits_of(model, hidden, temperature).log_softmax(-1)
-        return logp.gather(1, token[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+        return logp.gather(1, token[:, None])[:, 0], entropy_of(logp)
 
     valid = batch.mask.bool()
     hidden, token = states_before(model.base_model, batch)[valid], batch.tokens[:, batch.prompt_width:][valid]
@@ -750,9 +756,9 @@ def saying(what: str):
     """An error in here becomes one line that begins with `what`; so does a call of exit() in a user's file."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a verifier's timeout may be no Exception
         raise UserError(f"{what}: {in_one_line(error)}") from error
 
 
@@ -778,6 +784,9 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
+    if left := [key for key in sorted(found["unexpected_keys"]) if "lm_head" not in key and not (
+            layers and any(part.isdigit() and int(part) >= layers for part in key.split(".")))]:
+        print(f"warning: not loaded from {name}: {', '.join(left[:3])}; of value heads, only score is known")
     return model
 
 
@@ -825,6 +834,18 @@ def check_model(model) -> None:
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError("its logits are capped or scaled, or its cache or positions are used in another way than "
                              "usual; that is not supported")
+
+
+@torch.no_grad()
+def check_prefixes(backbone, length: int) -> None:
+    """What a model computes at a token must not depend on later tokens, nor on their number: else a value has read what
+    it judges, and scores differ from samples. Compares a text of `length` tokens with its beginnings."""
+    tokens = torch.arange(length, device=backbone.device)[None] % backbone.get_input_embeddings().num_embeddings
+    whole = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    for n in (2**i for i in range(1, length.bit_length()) if 2**i < length):
+        start = backbone(input_ids=tokens[:, :n], use_cache=False).last_hidden_state[0]
+        if not ((whole[:n] - start).norm(dim=-1) <= 0.01 * start.norm(dim=-1) + 1e-6).all():
+            raise ValueError("it reads ahead, or scales its positions with the length of the text; not supported")
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -875,8 +896,8 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
         ids = tokenizer(text).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] == tokenizer("1").input_ids[-1:] else ids
 
-    if isinstance(prompt, str):
-        return ids_of(prompt)
+    if isinstance(prompt, (str, bytes)):
+        return ids_of(prompt if isinstance(prompt, str) else prompt.decode())
     if all(isinstance(i, int) for i in prompt):
         return prompt
     prompt = [m if isinstance(m["content"], str) else m | {"content": "".join(part["text"] for part in m["content"])}
@@ -914,6 +935,10 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
                 raise ValueError(f"empty, or of tokens that the models do not know: {ids[:20]}")
             if len(ids) + room > context:
                 raise ValueError(f"{len(ids)} tokens and --max-new-tokens {room} exceed the models' context, {context}")
+    seen = torch.tensor([zlib.crc32(str(rows).encode(errors="replace")), 1])
+    digest, count = summed(seen.clone()).tolist()
+    if digest != seen[0] * count:
+        raise UserError(f"problems({split!r}) gives every process other rows (does it depend on the order of a set?)")
     if isinstance(rows[0]["prompt"][0], dict) and not tokenizer.chat_template:  # plain text: the next line is the next
         breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}  # problem
         learner.end_ids = sorted({*learner.end_ids, *breaks})
@@ -943,6 +968,9 @@ def make_learner(config: Config, task) -> Learner:
         vocabulary = AutoTokenizer.from_pretrained(critic_name or name).get_vocab()
         if critics and any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
             raise ValueError("its tokenizer is not the actor's, whose tokens critics must read")
+        rows = [model.get_input_embeddings().num_embeddings for model in (actor, *(x.backbone for x in critics))]
+        if min(rows) < rows[0]:  # one family may pad its vocabulary differently: no token that a critic cannot read
+            actor.resize_token_embeddings(min(rows))
     optimizers = []
     for m, model in enumerate((actor, *critics)):
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
@@ -968,6 +996,10 @@ def make_learner(config: Config, task) -> Learner:
         config = learner.config = replace(config, level=chosen)
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
+    longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
+    for flag, models in (("--model", [actor.base_model]), ("--critic-model", [x.backbone for x in critics[:1]])):
+        with saying(flag):
+            [check_prefixes(model, longest) for model in models]
     return learner
 
 
@@ -1008,7 +1040,8 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
             torch.cuda.synchronize()  # its unfinished work counts, too
         metrics[f"seconds_{phase}"] = time.perf_counter() - then
         if phase == "critic" and look:
-            metrics.update(look(learner, batch))
+            with saying("look() must return numbers"):
+                metrics.update({key: float(value) for key, value in look(learner, batch).items()})
         then = time.perf_counter()
 
     batch, passes = train_step(learner, step, watch)
@@ -1018,22 +1051,16 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
 def train(config: Config, task) -> None:
     """A whole run: every iteration, all that is printed, all that is left in config.out."""
-    out, rows, batch, first = Path(config.out).absolute(), [], None, rank_and_size()[0] == 0
+    out, batch, first = Path(config.out), None, rank_and_size()[0] == 0
     print(f"{config.algo}; leaves everything in {out}")
     out.mkdir(parents=True, exist_ok=True)
-    if first and not config.resume:
-        try:  # claimed at once, before anything slow: of two runs that start together, one stops here
-            with (out / "config.json").open("x") as file:
-                file.write(json.dumps(asdict(config)))
-        except FileExistsError:
+    if first:  # of two that start together, one stops here, before anything slow
+        with saying(f"another process is at work in {out}"):
+            lock = FileLock(out / "lock", blocking=False).acquire()  # held until this process or function ends
+        if not config.resume and (out / "config.json").exists():
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
-    try:
-        learner = make_learner(config, task)
-        rows = load_checkpoint(learner, out) if config.resume and (out / "checkpoint.pt").exists() else []
-    except BaseException:
-        if first and not config.resume:
-            (out / "config.json").unlink()
-        raise
+    learner = make_learner(config, task)
+    rows = load_checkpoint(learner, out) if config.resume and (out / "checkpoint.pt").exists() else []
     config = learner.config
     if first:
         write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1))
@@ -1156,7 +1183,12 @@ def main(argv: list[str] | None = None) -> int:
     goes_on = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
     join_processes()
     try:
+        for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows its number
+            getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
         config = parse(argv)
+        paths = {name: Path(getattr(config, name)) for name in ("out", "task", "model", "critic_model", "resume")}
+        config = replace(config, **{name: str(path.absolute()) for name, path in paths.items()  # a task may chdir
+                                    if getattr(config, name) and (name == "out" or path.exists())})
         train(config, load_task(config.task))
         if dist.is_initialized():
             dist.destroy_process_group()
