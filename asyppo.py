@@ -657,7 +657,7 @@ class Config:
     critic_lr: float = option(1e-4, "learning rate of the critics' backbones (0: frozen); 5e-5 with --model", high=1)
     critic_head_lr: float = option(1e-3, "learning rate of the critics' heads; 5e-5 with --model", high=1)
     critic_epochs: int = option(1, "passes of each critic over its shard of a batch (2 with --model)", 1)
-    critic_batch: int = option(64, "answers per optimizer step of a critic (32 with --model)", 1)
+    critic_batch: int = option(32, "answers per optimizer step of a critic (64 where one critic has all of them)", 1)
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return", high=1)
     critic_warmup: int = option(0, "first iterations (at most half) in which only critics learn (4 with --model)")
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
@@ -679,15 +679,17 @@ class Config:
 
 # The four algorithms are one loop; a preset is other defaults for the flags above. The baselines are the plain ones,
 # without entropy bonus (--entropy-coef 0.01 adds it). The critic of ppo is the actor's checkpoint with a new head: on
-# the toy it knows nothing at first, unlike the mini-critics. With one critic sigma is 0, so masks would do nothing.
+# the toy it knows nothing at first, unlike the mini-critics. With one critic sigma is 0, so masks would do nothing. It
+# gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
-PRESETS = {"asyppo": {}, "ppo": PLAIN | dict(critics=1, critic_model="actor"), "naive": PLAIN | dict(critics=1),
+ONE = PLAIN | dict(critics=1, critic_batch=64)
+PRESETS = {"asyppo": {}, "ppo": ONE | dict(critic_model="actor"), "naive": ONE,
            "grpo": PLAIN | dict(critics=0, critic_warmup=0)}
 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor.
 MODEL_DEFAULTS = dict(prompts_per_step=32, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=5e-5, critic_head_lr=5e-5,
-                      critic_epochs=2, critic_batch=32, critic_warmup=4, shared_embeddings=True,
+                      critic_epochs=2, critic_warmup=4, shared_embeddings=True,
                       micro_batch_tokens=1024, sample_batch=128)
 
 

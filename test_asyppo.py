@@ -1776,8 +1776,8 @@ def test_every_run_is_a_valid_command():
     for _, says, formula in toy_task.CLAIMS:
         a, b = (steps[term.partition(":")[0]] if ":" in term else 0 for term in formula.split(" - "))
         if a and b and "true values" not in says:
-            assert (a == b) == ("twice the steps" not in says), f"how many steps has each in: {says}"
-            assert a == b or b == 2 * a
+            assert (a == b) == ("times the steps" not in says), f"how many steps has each in: {says}"
+            assert a == b or b == 4 * a
 
 
 @pytest.fixture(scope="module")
