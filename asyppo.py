@@ -23,7 +23,7 @@ answers. One iteration (M critics, G answers per prompt), with the paper's reaso
     python asyppo.py --help                  every flag and its default (the reasons are in Config)
 
 This file, in reading order                                 The paper's symbols, and ours
-  1 Equations      plain functions of tensors: take them      q, o         prompt, answer
+  1 Equations      plain functions of tensors: copy them     q, o         prompt, answer
   2 One iteration  train_step, then what it calls             o_t          tokens of the answer, one action each
   3 Mini-critics   a backbone and a scalar head               s_t=(q,o_<t) what is written *before* token t
   4 Rollouts       sampling, log-probabilities, entropy       V_m(s_t)     values [M, B, T]
@@ -38,7 +38,7 @@ Shapes: B answers (the G answers to one prompt side by side), P prompt positions
 included (stopping is an action too), and 0 on padding; it is made from lengths, not by looking for a pad token.
 
 The authors published no code. What the paper leaves open is marked "The paper is silent" where it is decided. Left out
-on purpose: a KL penalty to a reference model, value clipping, sampling that runs ahead of training.
+on purpose: a KL penalty to a reference model, value clipping, asynchronous sampling.
 """
 import argparse
 import contextlib
@@ -88,9 +88,9 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is what the
-    paper calls the corrected advantage: corrected, as the squared error of the critics' mean is at most the mean of
-    their squared errors.
+    """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is the
+    paper's corrected advantage. (Corrected, we think, as the squared error of the critics' mean is at most the mean of
+    their squared errors.)
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
@@ -120,8 +120,8 @@ def whiten(x, mask):
 
     It makes one learning rate fit easy and hard batches. It also amplifies: if all answers get the same reward, the
     advantages are nothing but the critics' error, and whitening brings it to the size of any other advantage.
-    The paper is silent on whitening; it is usual for PPO. It comes before the advantage mask, so that masking does not
-    change the scale of the others; the advantages that are kept need not average 0."""
+    The paper is silent on whitening; it is usual for PPO. It comes before the advantage mask, so that masking tokens
+    does not rescale the ones that are kept; their mean need not be 0."""
     valid = mask.bool()
     kept = x[valid]
     if len(kept) == 0 or kept.min() == kept.max():  # rounding would be blown up to a deviation of 1
@@ -172,9 +172,9 @@ def entropy_filter(sigma, mask, h):
     """I_H(t): 0 on the share h of valid tokens with the highest sigma, 1 on the others, 0 on padding. sigma, mask and
     the result are [B, T].
 
-    Where the critics disagree most, the paper takes the state to say little about the outcome: more entropy there only
-    makes answers more random, so these tokens get no entropy bonus. Their advantage is kept. Counted and ranked as in
-    advantage_mask, from the other end. Raises ValueError for an h outside [0, 1]."""
+    Where the critics disagree most, says the paper, the state is only loosely tied to the outcome: more entropy there
+    only makes answers more random, so these tokens get no entropy bonus. Their advantage is kept. Counted and ranked as
+    in advantage_mask, from the other end. Raises ValueError for an h outside [0, 1]."""
     if not 0 <= h <= 1:
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
@@ -203,7 +203,7 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     Returns loss (a scalar) and stats (a dict of scalars)."""
     valid = mask.bool()
     # Zeroed before exp, not after: exp of a padded inf would send NaN (0 * inf) back through the gradient. So would a
-    # ratio that overflows; e^20 is far beyond any clip.
+    # ratio that overflows; beyond e^20, far outside any clip, it gets no gradient.
     log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     advantages = advantages.detach().masked_fill(~valid, 0)
     ratio = log_ratio.exp()
@@ -238,6 +238,8 @@ def explained_variance(values, returns, mask):
     return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
 
 # =============================================================================================== 2 One iteration
+# my_share(x) and summed(x) are x itself, unless several GPUs divide the work among them (section 6): read past them.
+
 
 @dataclass
 class Batch:
@@ -282,8 +284,8 @@ class Batch:
 def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -> tuple[Batch, list[dict]]:
     """One iteration, in the paper's order. `learner` holds config, actor, critics and optimizers (section 5).
 
-    Returns the batch, with everything that was learned from it, and the statistics of the actor's passes.
-    watch(phase, batch) is called after each phase, for timing and looking."""
+    Returns the batch, with everything that was computed from it, and the statistics of the actor's passes.
+    watch(phase, batch) is called after "rollout", "critic" and "actor", for timing and looking."""
     config, critics = learner.config, learner.critics
     generator = seeded(config.seed, step)
 
@@ -291,19 +293,19 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     drawn = torch.randperm(len(learner.train_problems), generator=generator)[:config.prompts_per_step]
     index = drawn.repeat_interleave(config.group_size).tolist()
     batch = sample_and_grade(learner, learner.train_problems, index, generator)
-    mask, scores = batch.mask, batch.rewards.sum(1)
+    mask = batch.mask
     watch("rollout", batch)
 
     if critics:
-        # What do the critics predict, before they see this batch? It is logged, and if critic_lam < 1, their targets
-        # bootstrap from it: from the ensemble's value, not each critic's own. (The paper is silent.)
+        # What the critics predict before they see this batch. explained_variance is measured on it, and if critic_lam
+        # < 1, their targets bootstrap from it: from the ensemble's value, not each critic's own. (The paper is silent.)
         batch.predicted = aggregate(critic_values(learner, batch), config.aggregate)
         _, batch.returns = gae(batch.rewards, batch.predicted, mask, config.gamma, config.critic_lam)
 
-        # Each critic learns from its own shard, *before* the batch is valued: the order is the paper's, and the policy
-        # has changed since the critics last learned. So on any answer, one critic has just been fitted to how it ended
-        # and the others have never seen it: that is part of what sigma measures. It also brings V_bar nearer to the
-        # return, so the advantages shrink before they are whitened.
+        # Each critic learns from its own shard, *before* the batch is valued. The order is the paper's; it lets the
+        # critics follow the policy, which has changed since they last learned. On any answer, then, one critic has just
+        # been fitted to its ending and the others have not seen it: that is part of what sigma measures. It also brings
+        # V_bar nearer to the return, so the advantages shrink before they are whitened.
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
         shuffle = generator.get_state()  # all critics shuffle alike: only data, and new heads, set them apart
         for m in range(len(critics)):
@@ -318,11 +320,10 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
         batch.advantages = whiten(batch.advantages, mask) if config.whiten else batch.advantages
         batch.sigma = disagreement(batch.values)
     else:
-        batch.advantages = group_advantages(scores, config.group_size)[:, None] * mask
+        batch.advantages = group_advantages(batch.rewards.sum(1), config.group_size)[:, None] * mask
         batch.sigma = torch.zeros_like(mask)
 
-    # The two masks, ranked over the whole batch: learn where critics do not agree yet, explore where they do not
-    # disagree too much.
+    # The two masks, ranked over the whole batch: learn unless the critics agree, explore unless they differ most.
     noise = torch.rand(mask.shape, generator=generator).to(mask.device)
     signals = {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}
     batch.adv_keep = advantage_mask(signals[config.mask_by], mask, config.mask_k)
@@ -448,10 +449,10 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 # =============================================================================================== 4 Rollouts
 
-# What must be float32, everywhere: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02);
-# the logits (bf16 has 8 significant bits: a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks
-# values that hardly differ: rounded, they are mostly ties). What may be less, on a GPU: the products inside the bodies
-# (bf16) and the heads (TF32, 11 bits; see main).
+# Stored in float32, everywhere: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02); the
+# logits (bf16 has 8 significant bits: a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks
+# values that hardly differ: rounded, they are mostly ties). Multiplied with fewer bits, on a GPU: bodies in bf16, heads
+# in TF32 (11 bits).
 
 
 def mixed_precision(device: torch.device):
@@ -507,16 +508,17 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
     *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update. All random
-    numbers are drawn first, one per token, on the CPU. So, but for rounding, the answers depend neither on the device
-    nor on `at_once`, the number of answers sampled together."""
+    numbers are drawn first, one per token (24 bits suffice), on the CPU. So, but for rounding, the answers depend
+    neither on the device nor on `at_once`, the number of answers sampled together."""
     device, B, P, T = model.device, len(prompts), max(map(len, prompts)), max_new_tokens
     uniform = torch.rand(B, T, generator=generator).double().to(device)
     tokens, attention = torch.zeros((2, B, P + T), dtype=torch.long, device=device)  # padding is token 0: any does
     logprobs, entropy = torch.zeros((2, B, T), device=device)
-    ends, mine, training = torch.tensor(end_ids, device=device), my_share(range(B)), model.training
+    ends, mine = torch.tensor(end_ids, dtype=torch.long, device=device), my_share(range(B))
     for row in mine:
         tokens[row, P - len(prompts[row]):P] = torch.tensor(prompts[row], device=device)
         attention[row, P - len(prompts[row]):P] = 1
+    training = model.training
     model.eval()  # in train mode, activation checkpointing would switch the cache off
 
     with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
@@ -563,10 +565,11 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 
 def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
-    """The answers as text, just as they continue their prompts (a decoder may drop a space that comes first), without
-    the end token. Of an end token like "}\n\n", what it says before the line break is kept."""
-    texts = []
-    for row, (p, t), P in zip(batch.tokens.tolist(), batch.sizes.tolist(), [batch.prompt_width] * len(batch.sizes)):
+    """The answers as text, without the end token. They are decoded with their prompts, which are then cut off: alone,
+    an answer might lose a space that comes first. Of an end token like "}\n\n" (where a line break ends an answer, see
+    load_problems), what it says before the break is kept."""
+    texts, P = [], batch.prompt_width
+    for row, (p, t) in zip(batch.tokens.tolist(), batch.sizes.tolist()):
         ended = row[P + t - 1] in learner.end_ids
         prompt, said, whole = (learner.tokenizer.decode(row[P - p:P + n]) for n in (0, t - ended, t))
         rest, newline, _ = whole[len(said):].partition("\n")
@@ -589,7 +592,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
                          chunk_elements: int = 2**26) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
-    The entropy is that of the whole next-token distribution, not minus the log-probability of the sampled token. With
+    The entropy is exact, over the whole vocabulary, not the one-sample estimate -log pi(o_t | s_t). With
     V = 150,000 the logits are by far the largest tensor of all. So they are computed for a chunk of tokens at a time,
     and recomputed in the backward pass rather than kept (checkpoint): no [B, T, V] tensor ever exists."""
     def head_chunk(hidden, token):  # [N, D], [N] -> [N], [N]
@@ -638,26 +641,26 @@ class Config:
     lr: float = option(6e-4, "actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B", 1e-12, 1)
     clip: float = option(0.2, "epsilon of PPO's ratio clipping", 1e-12, 1)
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. lambda
-    # 0.9: an advantage looks about 10 tokens ahead and for the rest trusts the critics. The toy's can be trusted from
-    # the start. Those of real models begin with a new head, and their answers are longer: for them 0.99.
+    # 0.9: an advantage looks about 10 tokens ahead and for the rest trusts the critics. The toy's critics are reliable
+    # from the start; with --model their heads are new and the answers longer, so 0.99.
     gamma: float = option(1.0, "discount per token", high=1)
     lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)", high=1)
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is the plain Monte-Carlo return (critic_lam 1), which
-    # no critic's error can bias. The toy's critics already predict values: their backbones move slowly, as a fast one
-    # forgets what it has learned, and their heads follow the policy. New heads (with --model) first train alone, so
-    # that the actor does not follow noise. A quarter of the actor's layers keeps two critics cheap beside it, as the
-    # paper's 0.6B are beside 8B; whether it is enough, explained_variance shows.
+    # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone
+    # keeps that knowledge, a larger one of the head follows the policy. With --model the heads are new, so in the first
+    # iterations only the critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics
+    # cheap beside it, as the paper's 0.6B are beside 8B; whether it is enough, explained_variance shows.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "layers kept of the critics' base (0: all; of the actor, with --model, a quarter)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
-    shared_embeddings: bool = option(False, "all critics share one frozen copy of their base's embeddings: less memory")
+    shared_embeddings: bool = option(False, "one frozen copy of the embeddings for all critics (with --model: yes)")
     shared_data: bool = option(False, "train every critic on all answers (and M times the steps)")
     aggregate: str = option("mean", "how M values become one (min: against overestimation)", choices=["mean", "min"])
-    critic_lr: float = option(1e-4, "learning rate of the critics' backbones (0: frozen); 5e-5 with --model", high=1)
+    critic_lr: float = option(1e-4, "learning rate of the critics' backbones; 5e-5 with --model", high=1)
     critic_head_lr: float = option(1e-3, "learning rate of the critics' heads; 5e-5 with --model", high=1)
     critic_epochs: int = option(1, "passes of each critic over its shard of a batch (2 with --model)", 1)
-    critic_batch: int = option(32, "answers per optimizer step of a critic (64 where one critic has all of them)", 1)
+    critic_batch: int = option(32, "answers per optimizer step of a critic (64 in ppo and naive)", 1)
     critic_lam: float = option(1.0, "lambda of the critics' target R_t; 1 is the Monte-Carlo return", high=1)
     critic_warmup: int = option(0, "first iterations (at most half) in which only critics learn (4 with --model)")
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
@@ -682,9 +685,8 @@ class Config:
 # the toy it knows nothing at first, unlike the mini-critics. With one critic sigma is 0, so masks would do nothing. It
 # gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
-ONE = PLAIN | dict(critics=1, critic_batch=64)
-PRESETS = {"asyppo": {}, "ppo": ONE | dict(critic_model="actor"), "naive": ONE,
-           "grpo": PLAIN | dict(critics=0, critic_warmup=0)}
+ONE = PLAIN | dict(critics=1, critic_batch=64, shared_embeddings=False)
+PRESETS = {"asyppo": {}, "ppo": ONE | dict(critic_model="actor"), "naive": ONE, "grpo": PLAIN | dict(critics=0)}
 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor.
@@ -695,7 +697,7 @@ MODEL_DEFAULTS = dict(prompts_per_step=32, max_new_tokens=256, lr=5e-6, lam=0.99
 
 @dataclass
 class Learner:
-    """All that changes while learning, and what it learns from."""
+    """The state of training (models, optimizers), with config, tokenizer, reward and problems."""
 
     config: Config
     actor: nn.Module
@@ -758,7 +760,7 @@ def saying(what: str):
     """An error in here becomes one line that begins with `what`; so does a call of exit() in a user's file."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError):  # main knows what to say of these
         raise
     except BaseException as error:  # a verifier's timeout may be no Exception
         raise UserError(f"{what}: {in_one_line(error)}") from error
@@ -782,13 +784,15 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
             setattr(sizes, key, 0.0)
         if layers and isinstance(value, list) and len(value) == sizes.num_hidden_layers:  # the kinds of its layers
             setattr(sizes, key, value[:layers])
+    if layers > sizes.num_hidden_layers:
+        raise ValueError(f"it has only {sizes.num_hidden_layers} layers, not {layers}")
     sizes.num_hidden_layers = layers or sizes.num_hidden_layers
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
     if left := [key for key in sorted(found["unexpected_keys"]) if "lm_head" not in key and not (
             layers and any(part.isdigit() and int(part) >= layers for part in key.split(".")))]:
-        print(f"warning: not loaded from {name}: {', '.join(left[:3])}; of value heads, only score is known")
+        print(f"warning: not loaded from {name}: {', '.join(left[:3])}; of other models' heads, only score is kept")
     return model
 
 
@@ -841,7 +845,7 @@ def check_model(model) -> None:
 @torch.no_grad()
 def check_prefixes(backbone, length: int) -> None:
     """What a model computes at a token must not depend on later tokens, nor on their number: else a value has read what
-    it judges, and scores differ from samples. Compares a text of `length` tokens with its beginnings."""
+    it judges, and scores differ from samples. Compares a text of `length` tokens with its prefixes."""
     tokens = torch.arange(length, device=backbone.device)[None] % backbone.get_input_embeddings().num_embeddings
     whole = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
     for n in (2**i for i in range(1, length.bit_length()) if 2**i < length):
@@ -866,7 +870,9 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 def load_task(path: str):
-    """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float."""
+    """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models()
+    -> directories of an actor and a critics' base; choose_level(share), with problems(split, seed, level);
+    look(learner, batch) -> metrics; draw(out), pictures."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         # Named after its content: datasets caches by names and would give one task file the rows of another.
@@ -916,7 +922,8 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def load_problems(learner: Learner, task, split: str, at_least: int, level: str) -> list[tuple[list[int], dict]]:
-    """A split of the task: of every row the prompt's token ids, checked before training, and the row itself."""
+    """A split of the task: of every row the prompt's token ids, checked before training, and the row itself. Where
+    chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
     tokenizer, room, problems = learner.tokenizer, learner.config.max_new_tokens, []
     models = [learner.actor, *(critic.backbone for critic in learner.critics)]
     entries = min(model.get_input_embeddings().num_embeddings for model in models)
@@ -951,7 +958,7 @@ def make_learner(config: Config, task) -> Learner:
     """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name, critic_name = (f"Qwen/{x}" if x not in ("", "actor") and "/" not in x and not Path(x).exists() else x
+    name, critic_name = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
                          for x in (config.model, config.critic_model))
     if not name:
         with saying(f"--task {config.task} has no model of its own (give one with --model)"):
@@ -961,8 +968,6 @@ def make_learner(config: Config, task) -> Learner:
     with saying(f"--model {name}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
         check_model(actor)  # still on the CPU, in float32
-        ends = end_ids(actor, tokenizer)
-        actor.generation_config = GenerationConfig(eos_token_id=ends or None)  # saved with it: as it was trained
     quarter = max(1, actor.config.get_text_config().num_hidden_layers // 4)
     layers = config.critic_layers or (0 if critic_name else quarter)
     with saying(f"--critic-model {critic_name or name}"):
@@ -984,8 +989,9 @@ def make_learner(config: Config, task) -> Learner:
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
         count = sum(p.numel() for p in model.parameters())  # 12 bytes each: float32 weight and Adam's two moments
-        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {12 * count / 2**20:10.1f} MiB")
-    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward))
+        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters()) / 2**20
+        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
+    learner = Learner(config, actor, critics, optimizers, tokenizer, end_ids(actor, tokenizer), checked(task.reward))
 
     def share(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
@@ -1000,15 +1006,17 @@ def make_learner(config: Config, task) -> Learner:
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
     longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
     for flag, models in (("--model", [actor.base_model]), ("--critic-model", [x.backbone for x in critics[:1]])):
-        with saying(flag):
-            [check_prefixes(model, longest) for model in models]
+        for model in models:
+            with saying(flag):
+                check_prefixes(model, longest)
+    actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
 
 # =============================================================================================== 8 The run
 
 def evaluate(learner: Learner) -> float:
-    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, always alike."""
+    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, with one seed."""
     index = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, index, seeded(learner.config.seed, "evaluation"))
     return float(batch.rewards.sum(1).mean())
@@ -1033,7 +1041,7 @@ def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
 
 def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tuple[Batch, dict]:
     """train_step, its metrics and the seconds of its phases. look(learner, batch) may add metrics: it is called when
-    the batch has been valued and the actor has not learned from it yet, and its time is not counted."""
+    the batch has values and advantages and the actor has not learned from it yet, and its time is not counted."""
     metrics, then, on_gpu = {"step": step}, time.perf_counter(), learner.actor.device.type == "cuda"
 
     def watch(phase, batch):
@@ -1142,7 +1150,7 @@ def save_models(learner: Learner, batch: Batch | None, out: Path) -> None:
 
 # =============================================================================================== 9 Command line
 
-# What --resume may change: how long a run is, how it is watched and fits into memory, and where its files are now.
+# What --resume may change: how long a run is, how it is watched and fits into memory, and paths.
 MAY_CHANGE = {"steps", "eval_every", "eval_problems", "checkpoint_every", "micro_batch_tokens", "sample_batch",
               "activation_checkpointing", "task", "model", "critic_model", "resume"}
 
@@ -1183,8 +1191,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
     goes_on = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
-    join_processes()
     try:
+        join_processes()
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows its number
             getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
         config = parse(argv)
