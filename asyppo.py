@@ -1005,10 +1005,10 @@ def make_learner(config: Config, task) -> Learner:
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
     longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-    for flag, models in (("--model", [actor.base_model]), ("--critic-model", [x.backbone for x in critics[:1]])):
-        for model in models:
-            with saying(flag):
-                check_prefixes(model, longest)
+    for flag, model in [(f"--model {name}", actor.base_model), *(
+            (f"--critic-model {critic_name or name}", critic.backbone) for critic in critics[:1])]:
+        with saying(flag):
+            check_prefixes(model, longest)
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 

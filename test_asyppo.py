@@ -1,5 +1,7 @@
 """Tests of asyppo.py and toy_task.py, in the order of the files. Formulas are compared with plain loops in float64."""
+import collections
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -7,6 +9,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -14,26 +17,30 @@ import statistics
 import subprocess
 import sys
 import time
+import types
+import unittest.mock
 from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this small are faster with one thread
 
 import datasets
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          Gemma3TextConfig, GPT2Config, GPTNeoConfig, GPTNeoForCausalLM, GPTNeoXConfig, LlamaConfig,
-                          OPTConfig, PreTrainedTokenizerFast, Qwen3Config)
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig,
+                          PreTrainedTokenizerFast, Qwen3Config)
 
 import asyppo
 import toy_task
 
 HERE = Path(__file__).parent
 VOCABULARY = 20
-
-# ---------------------------------------------------------------------------------------------------------- helpers
+ENDS = (0, 7)  # token 0 is also what generate() pads with (pitfall 1)
 
 
 @pytest.fixture()
@@ -47,40 +54,42 @@ def spy(monkeypatch):
 
 @pytest.fixture()
 def fails(tiny, tmp_path, capsys):
-    """fails(text, *flags): this command line ends with code 2 and one line that holds the text."""
+    """fails(text, *flags): this command line ends with code 2 and one line that holds the text ("a ... b": both)."""
     def check(said, *flags, out=None):
-        check.count += 1
-        assert asyppo.main(arguments(tiny, out or tmp_path / f"failing-{check.count}", *flags)) == 2
+        assert asyppo.main(arguments(tiny, out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}", *flags)) == 2
         *bars, line = capsys.readouterr().err.strip("\n").split("\n")
-        assert line.startswith("asyppo: ") and said in line and all("it/s" in bar for bar in bars), line
-    check.count = 0
+        assert line.startswith("asyppo: ") and all(part in line for part in said.split(" ... ")), line
+        assert all("it/s" in bar for bar in bars), bars
     return check
 
 
 class FirstTokenTask:
-    """Right if the answer's first character is an even digit: a task whose true values are known after one token. The
-    prompts have 5 to 12 sums."""
+    """Right if the answer begins with an even digit. The prompts have 5 to 12 sums."""
 
     @staticmethod
+    @functools.cache
     def problems(split, seed):
-        rows = toy_task.problems(split, seed)
-        rows = rows.select(range(min(128, len(rows))))
-        return rows.map(lambda row, i: {"prompt": " ".join(row["prompt"].split()[i % 8:])}, with_indices=True)
+        sheets = [sheet.split() for sheet in toy_task.problems(split, seed)["prompt"][:128]]
+        return datasets.Dataset.from_dict({"prompt": [" ".join(sheet[i % 8:]) for i, sheet in enumerate(sheets)]})
 
     @staticmethod
     def reward(response, example):
-        return float(response[:1] in {"0", "2", "4", "6", "8"})
+        return float(response.strip()[:1] in {"0", "2", "4", "6", "8"})
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Directories of a tiny random actor and a tinier critic base with the toy's tokenizer: no pretraining needed."""
+    """A tiny random actor, a tinier critic base, both with the toy's tokenizer, and FirstTokenTask as a task file."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = toy_task.make_tokenizer()
     for name, width in (("actor", 32), ("critic", 16)):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(toy_task.make_config(tokenizer, width, 2, 2)).save_pretrained(folder / name)
+        model = AutoModelForCausalLM.from_config(toy_task.make_config(tokenizer, width, 2, 2))
+        model.generation_config.eos_token_id = list(range(1, 300, 6))  # answers of many lengths
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    (folder / "task.py").write_text("from test_asyppo import FirstTokenTask\n"
+                                    "problems, reward = FirstTokenTask.problems, FirstTokenTask.reward\n")
     return folder
 
 
@@ -88,71 +97,62 @@ SMALL = dict(prompts_per_step=4, group_size=4, max_new_tokens=10, eval_problems=
 
 
 def learner_of(tiny, task=FirstTokenTask, **changes):
-    config = asyppo.Config(**{**dict(model=str(tiny / "actor"), critic_model=str(tiny / "critic"), critic_warmup=0,
-                                     lr=1e-3, **SMALL), **changes})
-    return asyppo.make_learner(config, task)
+    flags = dict(model=str(tiny / "actor"), critic_model=str(tiny / "critic"), critic_warmup=0, lr=1e-3)
+    return asyppo.make_learner(asyppo.Config(**flags | SMALL | changes), task)
 
 
 def arguments(tiny, out, *more):
-    flags = dict(model=tiny / "actor", critic_model=tiny / "critic", steps=3, critic_warmup=1, eval_every=2,
-                 out=out, **SMALL)
-    flags |= {} if "--task" in more else {"level": "symbols"}
-    if "ppo" in more:
-        flags["critic_model"] = "actor"
+    """The command line of a short run."""
+    flags = dict(model=tiny / "actor", critic_model="actor" if "ppo" in more else tiny / "critic", steps=3,
+                 task=tiny / "task.py", critic_warmup=1, eval_every=2, out=out, lr=1e-3, **SMALL)
     return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + list(more)
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-KINDS = ["qwen3", "llama", "gpt2", "opt", "gpt_neox", "gemma3"]
+LLAMA = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+             max_position_embeddings=1024)
+KINDS = {
+    "qwen3": (Qwen3Config, LLAMA | dict(num_key_value_heads=1, head_dim=8)), "llama": (LlamaConfig, LLAMA),
+    "gpt2": (GPT2Config, dict(n_embd=16, n_layer=2, n_head=2, n_positions=1024)),  # learned positions
+    "opt": (OPTConfig, LLAMA | dict(ffn_dim=32, word_embed_proj_dim=16)),  # again, shifted
+    "gpt_neox": (GPTNeoXConfig, LLAMA),
+    "gemma3": (Gemma3TextConfig, LLAMA | dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=1,
+                                              sliding_window=4)),
+}
 
 
-def random_model(kind: str = "qwen3", width: int = 16, seed: int = 0):
+def random_model(kind="qwen3", vocabulary=VOCABULARY):
     """A tiny random language model with logits that differ enough for its distributions to be far from uniform."""
-    common = dict(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0)
-    config = {
-        "qwen3": lambda: Qwen3Config(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                                     max_position_embeddings=128, **common),
-        "llama": lambda: LlamaConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                                     num_attention_heads=2, num_key_value_heads=2,
-                                     max_position_embeddings=128, **common),
-        "gpt2": lambda: GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=1024, **common),  # learned positions
-        "opt": lambda: OPTConfig(hidden_size=width, ffn_dim=32, num_hidden_layers=2,  # again, shifted
-                                 num_attention_heads=2,
-                                 word_embed_proj_dim=width, max_position_embeddings=128, dropout=0.0, **common),
-        "gpt_neox": lambda: GPTNeoXConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=2,
-                                          num_attention_heads=2, max_position_embeddings=128, **common),
-        "gemma3": lambda: Gemma3TextConfig(hidden_size=width, intermediate_size=32, num_hidden_layers=4, head_dim=8,
-                                           num_attention_heads=2, num_key_value_heads=1, sliding_window=4, **common),
-    }[kind]()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
+    make, sizes = KINDS[kind] if isinstance(kind, str) else kind
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        make(vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes))
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+    return model.eval()
 
 
-def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=(1, 7), pad_id=1, seed=0):
-    """A batch from prompts of different lengths. The pad id is also an end id (pitfall 1) unless told otherwise."""
+def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, at_once=256):
+    """A batch from prompts of different lengths."""
     prompts = prompts or [[3, 4, 5], [6], [2, 9, 9, 8, 4], [3, 3]] * 3
-    return asyppo.generate(model, prompts, max_new_tokens, temperature, list(end_ids), pad_id,
-                           torch.Generator().manual_seed(seed))
+    return asyppo.generate(model, prompts, max_new_tokens, temperature, list(end_ids),
+                           torch.Generator().manual_seed(0), at_once)
 
 
-def ragged(B=6, T=9, seed=0, dtype=torch.float64):
+def ragged(B=6, T=9, seed=0):
     """A mask of answers of different lengths, one of them full and one of a single token; and a generator."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     lengths[0], lengths[1] = T, 1
-    return (torch.arange(T) < lengths[:, None]).to(dtype), generator
+    return (torch.arange(T) < lengths[:, None]).double(), generator
 
 
 def randn(*shape, generator):
@@ -164,7 +164,6 @@ def with_nan_padding(x, mask):
 
 
 # ------------------------------------------------------------------------------------------------------ 1 Equations
-
 
 @pytest.mark.parametrize("prompts, group, critics", [(5, 8, 2), (7, 5, 2), (6, 8, 3), (4, 3, 3), (3, 4, 1)])
 def test_shards_are_disjoint_even_and_see_every_prompt(prompts, group, critics):
@@ -190,17 +189,13 @@ def test_gae_is_the_double_sum(gamma, lam):
     mask, generator = ragged()
     rewards, values = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
     advantages, returns = asyppo.gae(with_nan_padding(rewards, mask), with_nan_padding(values, mask), mask, gamma, lam)
-    for b in range(6):
-        length = int(mask[b].sum())
-        for t in range(9):
-            expected = 0.0
-            for step in range(t, length):
-                following = float(values[b, step + 1]) if step + 1 < length else 0.0
-                delta = float(rewards[b, step]) + gamma * following - float(values[b, step])
-                expected += (gamma * lam) ** (step - t) * delta
-            assert float(advantages[b, t]) == pytest.approx(expected, abs=1e-12)
-            wanted = expected + float(values[b, t]) if t < length else 0.0
-            assert float(returns[b, t]) == pytest.approx(wanted, abs=1e-12)
+    for b, length in enumerate(mask.sum(1).int().tolist()):
+        r, v = rewards[b].tolist(), [*values[b, :length].tolist(), 0.0]
+        delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
+        expected = [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, length)) for t in range(length)]
+        padding = [0.0] * (9 - length)
+        assert advantages[b].tolist() == pytest.approx(expected + padding, abs=1e-12)
+        assert returns[b].tolist() == pytest.approx([a + x for a, x in zip(expected, v)] + padding, abs=1e-12)
 
 
 def test_gae_passes_over_holes_and_left_padding():
@@ -218,9 +213,8 @@ def test_whiten():
     mask, generator = ragged()
     x = 5 + 3 * randn(6, 9, generator=generator)
     white = asyppo.whiten(with_nan_padding(x, mask), mask)
-    valid = [float(x[b, t]) for b in range(6) for t in range(9) if mask[b, t]]
-    mean = sum(valid) / len(valid)
-    std = math.sqrt(sum((v - mean) ** 2 for v in valid) / len(valid))
+    valid = x[mask.bool()].tolist()
+    mean, std = statistics.fmean(valid), statistics.pstdev(valid)
     assert white[mask.bool()].tolist() == pytest.approx([(v - mean) / std for v in valid], abs=1e-6)
     assert (white[mask == 0] == 0).all()
     assert (asyppo.whiten(torch.full((1, 7), 0.7), torch.ones(1, 7)) == 0).all(), "rounding is not a deviation"
@@ -242,10 +236,8 @@ def test_disagreement_is_the_population_std():
     _, generator = ragged()
     values = randn(3, 2, 4, generator=generator)
     sigma = asyppo.disagreement(values)
-    for b in range(2):
-        for t in range(4):
-            v = values[:, b, t].tolist()
-            assert float(sigma[b, t]) == pytest.approx(math.sqrt(sum((x - sum(v) / 3) ** 2 for x in v) / 3))
+    for b, t in itertools.product(range(2), range(4)):
+        assert float(sigma[b, t]) == pytest.approx(statistics.pstdev(values[:, b, t].tolist()))
     assert (asyppo.disagreement(values[:1]) == 0).all(), "one critic: 0, not NaN"
     assert torch.allclose(asyppo.disagreement(values[:2]), (values[0] - values[1]).abs() / 2)
 
@@ -259,9 +251,8 @@ def test_masks_take_exactly_their_share_from_the_right_end(function, highest, sh
     keep = function(padded, mask, share)
     places = sorted(((float(sigma[b, t]), b, t) for b in range(6) for t in range(9) if mask[b, t]), reverse=highest)
     dropped = {(b, t) for _, b, t in places[:math.floor(share * len(places))]}
-    for b in range(6):
-        for t in range(9):
-            assert float(keep[b, t]) == float(mask[b, t] == 1 and (b, t) not in dropped)
+    for b, t in itertools.product(range(6), range(9)):
+        assert float(keep[b, t]) == float(mask[b, t] == 1 and (b, t) not in dropped)
     assert torch.equal(function(with_nan_padding(sigma, mask), mask, share), keep), "padding may hold anything"
 
 
@@ -274,6 +265,8 @@ def test_masks_with_ties_without_spread_and_without_tokens(function):
     assert function(sigma, mask, 0.4).tolist() == [[1, 0, 0, 1], [1, 1, 0, 0]], "of equals the first ones"
     assert function(sigma, torch.zeros(2, 4), 0.4).sum() == 0
     assert function(torch.tensor([[float("nan"), 1, 2, 3]]), torch.ones(1, 4), 0.5).sum() == 2, "a NaN hides nothing"
+    for share in (0.29, 0.57, 0.58):
+        assert function(torch.rand(10, 10), torch.ones(10, 10), share).sum() == 100 - round(100 * share), "28.999..."
     for share in (-0.2, 20):
         with pytest.raises(ValueError, match="must be a share between 0 and 1"):
             function(sigma, mask, share)
@@ -294,7 +287,7 @@ def loss_by_hand(i):
     for b in range(len(i["mask"])):
         length, answer = int(i["mask"][b].sum()), 0.0
         for t in range(length):
-            ratio, advantage = torch.exp(i["logprobs"][b, t] - i["old_logprobs"][b, t]), float(i["advantages"][b, t])
+            ratio, advantage = torch.exp(i["logprobs"][b, t] - i["old_logprobs"][b, t]), i["advantages"][b, t].item()
             value = float(ratio.detach())
             clipped = min(max(value, 1 - i["clip"]), 1 + i["clip"])
             surrogate = ratio * advantage if value * advantage <= clipped * advantage else clipped * advantage
@@ -305,20 +298,18 @@ def loss_by_hand(i):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_policy_loss_and_its_gradient_are_the_papers(seed):
-    inputs = loss_inputs(seed)
-    gradients = []
+    inputs, found = loss_inputs(seed), []
     for function in (lambda i: asyppo.policy_loss(**i)[0], loss_by_hand):
-        i = {**inputs, "logprobs": inputs["logprobs"].clone().requires_grad_(),
-             "entropy": inputs["entropy"].clone().requires_grad_()}
+        i = inputs | {key: inputs[key].clone().requires_grad_()
+                      for key in ("logprobs", "entropy", "old_logprobs", "advantages")}
         loss = function(i)
         loss.backward()
-        gradients.append((float(loss.detach()), i["logprobs"].grad, i["entropy"].grad))
-    (ours, *our_gradients), (expected, *expected_gradients) = gradients
-    assert ours == pytest.approx(expected, abs=1e-12)
-    for found, wanted in zip(our_gradients, expected_gradients):
-        assert torch.allclose(found, wanted, atol=1e-12)
-        assert found.abs().sum() > 0
-    assert (our_gradients[0][inputs["mask"] == 0] == 0).all()
+        found.append((loss.detach(), i["logprobs"].grad, i["entropy"].grad))
+        if function is not loss_by_hand:
+            assert i["old_logprobs"].grad is None and i["advantages"].grad is None, "constants"
+    for ours, expected in zip(*found):
+        assert torch.allclose(ours, expected, atol=1e-12) and ours.abs().sum() > 0
+    assert (found[0][1][inputs["mask"] == 0] == 0).all()
 
 
 def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
@@ -347,25 +338,12 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
     assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
 
 
-def test_only_the_policy_gets_a_gradient():
-    inputs = loss_inputs()
-    for key in ("logprobs", "old_logprobs", "advantages", "entropy"):
-        inputs[key] = inputs[key].clone().requires_grad_()
-    asyppo.policy_loss(**inputs)[0].backward()
-    assert inputs["logprobs"].grad is not None and inputs["entropy"].grad is not None
-    assert inputs["old_logprobs"].grad is None and inputs["advantages"].grad is None
-    values, returns = torch.ones(1, 2, requires_grad=True), torch.zeros(1, 2, requires_grad=True)
-    asyppo.critic_loss(values, returns, torch.ones(1, 2)).backward()
-    assert values.grad is not None and returns.grad is None
-
-
 def test_statistics_of_the_policy_loss():
     inputs = loss_inputs()
     first = {**inputs, "old_logprobs": inputs["logprobs"]}
     assert all(float(value) == 0 for value in asyppo.policy_loss(**first)[1].values())
     stats = asyppo.policy_loss(**inputs)[1]
-    log_ratio = [(float(a - b)) for a, b, m in zip(inputs["logprobs"].flatten(), inputs["old_logprobs"].flatten(),
-                                                   inputs["mask"].flatten()) if m]
+    log_ratio = (inputs["logprobs"] - inputs["old_logprobs"])[inputs["mask"].bool()].tolist()
     changes = [abs(math.exp(x) - 1) for x in log_ratio]
     assert float(stats["ratio_error"]) == pytest.approx(max(changes))
     assert float(stats["clip_fraction"]) == pytest.approx(sum(c > 0.2 for c in changes) / len(changes))
@@ -375,17 +353,15 @@ def test_statistics_of_the_policy_loss():
 def test_critic_loss_and_explained_variance():
     mask, generator = ragged()
     values, returns = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
-    valid = [(float(values[b, t]), float(returns[b, t])) for b in range(6) for t in range(9) if mask[b, t]]
-    expected = sum((v - r) ** 2 for v, r in valid) / len(valid)
-    assert float(asyppo.critic_loss(with_nan_padding(values, mask), with_nan_padding(returns, mask), mask)) == \
-        pytest.approx(expected)
+    v, r = values[mask.bool()].tolist(), returns[mask.bool()].tolist()
+    leaves = [with_nan_padding(x, mask).requires_grad_() for x in (values, returns)]
+    loss = asyppo.critic_loss(*leaves, mask)
+    assert loss.item() == pytest.approx(statistics.fmean((a - b) ** 2 for a, b in zip(v, r)))
+    loss.backward()
+    assert leaves[0].grad.isfinite().all() and leaves[1].grad is None
     assert float(asyppo.critic_loss(values, returns, torch.zeros(6, 9))) == 0
-
-    def variance(x):
-        return sum((a - sum(x) / len(x)) ** 2 for a in x) / len(x)
-
-    assert asyppo.explained_variance(values, returns, mask) == \
-        pytest.approx(1 - variance([r - v for v, r in valid]) / variance([r for _, r in valid]))
+    assert asyppo.explained_variance(values, returns, mask) == pytest.approx(
+        1 - statistics.pvariance([b - a for a, b in zip(v, r)]) / statistics.pvariance(r))
     assert asyppo.explained_variance(returns, returns, mask) == 1
     assert math.isnan(asyppo.explained_variance(values, torch.full((6, 9), 0.7), mask))
 
@@ -403,96 +379,199 @@ def test_half_precision_masks_count_right_and_half_precision_values_add_up_right
     assert torch.allclose(asyppo.gae(rewards, values, torch.ones(1, 2000), 1.0, 1.0)[1], torch.ones(1, 2000), atol=1e-3)
 
 
-@pytest.mark.parametrize("name, call", [
-    ("assign_shards", "assign_shards(2, 4, 2)"),
-    ("gae", "gae(x, x, m, 1.0, 0.95)"),
-    ("whiten", "whiten(x, m)"),
-    ("group_advantages", "group_advantages(torch.ones(4), 2)"),
-    ("disagreement", "disagreement(torch.stack([x, x]))"),
-    ("advantage_mask", "advantage_mask(x, m, 0.2)"),
-    ("entropy_filter", "entropy_filter(x, m, 0.2)"),
-    ("policy_loss", "policy_loss(x, x, x, x, m, m, m, 0.2, 0.01)"),
-    ("critic_loss", "critic_loss(x, x, m)"),
-    ("explained_variance", "explained_variance(x, x, m)"),
-])
-def test_pasted_alone_each_function_needs_nothing_but_torch(name, call):
+@pytest.mark.parametrize("call", [
+    "assign_shards(2, 4, 2)", "gae(x, x, m, 1.0, 0.95)", "whiten(x, m)", "group_advantages(torch.ones(4), 2)",
+    "disagreement(torch.stack([x, x]))", "advantage_mask(x, m, 0.2)", "entropy_filter(x, m, 0.2)",
+    "policy_loss(x, x, x, x, m, m, m, 0.2, 0.01)", "critic_loss(x, x, m)", "explained_variance(x, x, m)"])
+def test_pasted_alone_each_function_needs_nothing_but_torch(call):
     namespace = {"torch": torch}
-    exec(inspect.getsource(getattr(asyppo, name)), namespace)
-    exec("x, m = torch.randn(2, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0]])", namespace)
-    eval(call, namespace)
+    exec(inspect.getsource(getattr(asyppo, call.partition("(")[0])), namespace)
+    exec(f"x, m = torch.randn(2, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0]])\n{call}", namespace)
 
 
-# ------------------------------------------------------------------------------------------------------- 2 Rollouts
+# --------------------------------------------------------------------------------------------------- 2 One iteration
+
+def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
+    learner, asked = learner_of(tiny), []
+    learner.reward = lambda response, example: asked.append((response, example["prompt"])) or len(asked) / 10
+    first, second = (asyppo.train_step(learner, step)[0] for step in (1, 2))
+    assert first.problem.tolist() != second.problem.tolist(), "every iteration draws other prompts"
+    assert len(first.mask.sum(1).unique()) > 3, "answers of different lengths, or this shows little"
+    assert len(first.problem.unique()) == 4 and (first.problem.view(4, 4) == first.problem[::4, None]).all()
+    for b, (i, (response, prompt)) in enumerate(zip(first.problem.tolist(), asked)):
+        before = first.tokens[b, :first.prompt_width][first.attention[b, :first.prompt_width].bool()]
+        assert (before.tolist(), prompt) == (learner.train_problems[i][0], learner.train_problems[i][1]["prompt"])
+        length = int(first.mask[b].sum())
+        expected = [0.0] * first.mask.shape[1]
+        expected[length - 1] = (b + 1) / 10
+        assert first.rewards[b].tolist() == pytest.approx(expected), "on the last token, the end token if there is one"
+        tokens = first.tokens[b, first.prompt_width:first.prompt_width + length].tolist()
+        tokens = tokens[:-1] if tokens[-1] in learner.end_ids else tokens
+        assert prompt + response == learner.tokenizer.decode(before.tolist() + tokens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_what_is_sampled_is_what_is_scored(kind, temperature):
-    model = random_model(kind)
-    model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
-    batch = sampled(model, temperature=temperature)
-    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
-    assert torch.allclose(logprobs, batch.logprobs, atol=1e-4)
-    assert torch.allclose(entropy, batch.entropy, atol=1e-4)
+def test_each_critic_learns_from_its_own_shard(tiny, spy):
+    learner, shards, states, trained = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], [], ([], [])
+
+    def started(learner, m, batch, shard, generator):
+        shards.append(shard.tolist())
+        states.append(generator.get_state())
+
+    spy("update_critic", started)
+    spy("critic_loss", lambda values, returns, mask: trained[len(shards) - 1].extend(returns.sum(1).tolist()))
+    batch, _ = asyppo.train_step(learner, 1)
+    assert sorted(shards[0] + shards[1]) == list(range(16)), "no answer to two of them"
+    assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
+    for m in (0, 1):  # the returns it was given are those of its own answers, each critic_epochs times
+        wanted = batch.returns[shards[m]].sum(1).tolist() * 2
+        assert sorted(trained[m]) == pytest.approx(sorted(wanted), abs=1e-5)
+    assert torch.equal(*states), "all critics shuffle alike"
+    shards.clear()
+    asyppo.train_step(learner_of(tiny, shared_data=True), 1)
+    assert shards == [list(range(16))] * 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_scores_equal_those_of_each_answer_alone_without_padding_or_cache(kind):
-    model, batch = random_model(kind), sampled(random_model(kind))
-    assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
-    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
-    for row in range(len(batch.tokens)):
-        ids = batch.tokens[row][batch.attention[row].bool()]
-        length = int(batch.mask[row].sum())
-        logp = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
-        for t in range(length):
-            place = len(ids) - length + t
-            assert logprobs[row, t] == pytest.approx(float(logp[place - 1, ids[place]]), abs=1e-4)
-            assert entropy[row, t] == pytest.approx(float(-(logp[place - 1].exp() * logp[place - 1]).sum()), abs=1e-4)
+def test_gradients_are_those_of_whole_batches(tiny, spy):
+    """A critic's is that of all its own answers, the actor's that of all answers, however they are cut."""
+    learner, found, shards = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60, critic_batch=100), [], []
+    spy("update_critic", lambda l, m, batch, shard, generator: shards.append(shard))
+    spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
+    actor, *critics = copy.deepcopy([learner.actor, *learner.critics])
+    batch, _ = asyppo.train_step(learner, 1)
+    wanted = []
+    for critic, shard in zip(critics, shards):
+        part = batch.rows(shard)
+        values = critic(part)
+        error = sum(((values[b, :n] - float(batch.rewards[row].sum())) ** 2).sum()
+                    for b, row in enumerate(shard.tolist()) for n in [int(part.mask[b].sum())])
+        wanted.append(torch.autograd.grad(error / part.mask.sum(), list(critic.parameters())))
+    logprobs, entropy = asyppo.logprobs_and_entropy(actor, batch, 1.0)
+    wanted.append(torch.autograd.grad(loss_by_hand(dict(
+        logprobs=logprobs, old_logprobs=batch.logprobs, advantages=batch.advantages, entropy=entropy, mask=batch.mask,
+        adv_keep=batch.adv_keep, ent_keep=batch.ent_keep, clip=0.2, beta=0.1)), list(actor.parameters())))
+    for gradients, expected in zip(found, wanted, strict=True):
+        assert max(float(g.abs().max()) for g in expected) > 1e-3
+        assert all(torch.allclose(g, e, atol=1e-5) for g, e in zip(gradients, expected))
 
 
-def test_masks_come_from_lengths_and_hold_the_end_token():
-    batch = sampled(random_model(), max_new_tokens=10)
-    answers = batch.tokens[:, batch.prompt_width:]
-    assert batch.truncated.any() and not batch.truncated.all()
-    seen = set()
-    for row in range(len(answers)):
-        length = int(batch.mask[row].sum())
-        assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
-        assert not set(answers[row, :length - 1].tolist()) & {1, 7}, "an answer goes on after an end token"
-        ended = int(answers[row, length - 1]) in (1, 7)
-        assert ended != bool(batch.truncated[row])
-        assert ended or length == 10
-        seen |= {int(answers[row, length - 1])} & {1, 7}
-    assert seen == {1, 7}, "both end ids should have ended an answer here"
-    assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
+@pytest.mark.parametrize("changes", [dict(), dict(gamma=0.9, lam=0.7, critic_lam=0.5, whiten=False, aggregate="min")])
+def test_values_targets_and_advantages(tiny, changes):
+    learner = learner_of(tiny, **changes)
+    before, config = copy.deepcopy(learner.critics), learner.config
+    batch, _ = asyppo.train_step(learner, 1)
+    mask = batch.mask
+    with torch.no_grad():
+        old, new = (torch.stack([critic(batch) * mask for critic in x]) for x in (before, learner.critics))
+    assert (old - new).abs().max() > 1e-3
+    predicted, v_bar = (torch.minimum(*x) if config.aggregate == "min" else x.mean(0) for x in (old, new))
+    _, target = asyppo.gae(batch.rewards, predicted, mask, config.gamma, config.critic_lam)
+    advantages, _ = asyppo.gae(batch.rewards, v_bar, mask, config.gamma, config.lam)
+    for found, wanted in [(batch.predicted, predicted), (batch.returns, target),  # before they have seen the batch
+                          (batch.values, new), (batch.v_bar, v_bar), (batch.sigma, new.std(0, unbiased=False)),  # after
+                          (batch.advantages, asyppo.whiten(advantages, mask) if config.whiten else advantages)]:
+        assert torch.allclose(found, wanted, atol=1e-4)
+    assert changes or torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
 
 
-@torch.no_grad()
-def test_sampling_frequencies_are_the_softmax():
-    model = random_model()
-    batch = sampled(model, prompts=[[3, 4, 5]] * 20000, max_new_tokens=1, temperature=1.5)
-    expected = (model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.5).softmax(-1)
-    counted = torch.bincount(batch.tokens[:, -1], minlength=VOCABULARY) / 20000
-    assert (counted - expected).abs().max() < 0.015
-    assert expected.sort().values[:-3].sum() > 0.02, "with a tail, so that top-k sampling would be seen"
+def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
+    shares = dict(mask_k=0.3, filter_h=0.4)
+    learner = learner_of(tiny, filter_by="entropy", **shares)
+    batch, passes = asyppo.train_step(learner, 1)
+    assert torch.equal(batch.adv_keep, asyppo.advantage_mask(batch.sigma, batch.mask, 0.3))
+    assert torch.equal(batch.ent_keep, asyppo.entropy_filter(batch.entropy, batch.mask, 0.4))
+    metrics, tokens = asyppo.measure(learner, batch, passes), int(batch.mask.sum())
+    assert [metrics["masked_share"], metrics["filtered_share"]] == pytest.approx(
+        [int(0.3 * tokens) / tokens, int(0.4 * tokens) / tokens], abs=1e-6)
+    shares |= dict(mask_by="random", filter_by="random")
+    noise, again, other = (asyppo.train_step(learner_of(tiny, seed=seed, **shares), 1)[0] for seed in (0, 0, 1))
+    assert torch.equal(noise.values, batch.values) and torch.equal(noise.values, again.values)  # the masks alone differ
+    for name in ("adv_keep", "ent_keep"):
+        a, b, c = (getattr(x, name) for x in (batch, noise, again))
+        assert a.sum() == b.sum() and not torch.equal(a, b) and torch.equal(b, c)
+    assert not torch.equal(noise.adv_keep, noise.ent_keep)
+    assert noise.problem.tolist() == again.problem.tolist() != other.problem.tolist(), "another seed, other prompts"
 
 
-def test_log_probs_come_in_chunks_and_no_full_logits_exist():
-    model, shapes = random_model(), []
-    batch = sampled(model)
-    model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.numel()))
-    whole = asyppo.logprobs_and_entropy(model, batch, 1.0)
-    (whole[0].sum() + whole[1].sum()).backward()
-    gradient = model.base_model.embed_tokens.weight.grad.clone()
-    model.zero_grad()
-    shapes.clear()
-    parts = asyppo.logprobs_and_entropy(model, batch, 1.0, chunk_elements=5 * VOCABULARY)
-    (parts[0].sum() + parts[1].sum()).backward()
-    assert max(shapes) <= 5 * VOCABULARY and len(shapes) > 4
-    assert torch.allclose(whole[0], parts[0], atol=1e-6) and torch.allclose(whole[1], parts[1], atol=1e-6)
-    assert torch.allclose(gradient, model.base_model.embed_tokens.weight.grad, atol=1e-4)
+def test_gradients_are_clipped_and_never_stepped_when_not_finite():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    asyppo.clip_and_step(model, optimizer)
+    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+    assert model.weight.grad is None, "the next step would add to it"
+    for gradient in (float("nan"), float("inf")):
+        model.weight.grad = torch.tensor([[gradient, 0.0]])
+        with pytest.raises(RuntimeError, match="non-finite"):
+            asyppo.clip_and_step(model, optimizer)
+        assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+
+
+def test_optimizer_steps_and_learning_rates(tiny, spy):
+    steps = collections.Counter()
+    spy("clip_and_step", lambda model, _: steps.update([model]))
+    learner = learner_of(tiny, utd=3, critic_epochs=5, lr=1e-3, critic_lr=0.0, critic_head_lr=1e-2)
+    before = copy.deepcopy([learner.actor, *learner.critics])
+    _, passes = asyppo.train_step(learner, 1)  # a shard has 8 answers, a minibatch 4: two steps an epoch
+    assert [steps[model] for model in (learner.actor, *learner.critics)] == [3, 10, 10] and len(passes) == 3
+    assert not torch.equal(weights(learner.actor), weights(before[0]))
+    for old, new in zip(before[1:], learner.critics):
+        assert torch.equal(weights(old.backbone), weights(new.backbone))
+        assert not torch.equal(weights(old.head), weights(new.head))
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in learner.optimizers]
+    assert rates == [[1e-3], [0.0, 1e-2], [0.0, 1e-2]]
+
+
+def test_warm_up_trains_critics_alone(tiny):
+    learner = learner_of(tiny, critic_warmup=1)
+    before = weights(learner.actor), weights(learner.critics[0])
+    batch, passes = asyppo.train_step(learner, 1)
+    assert torch.equal(weights(learner.actor), before[0]) and not torch.equal(weights(learner.critics[0]), before[1])
+    assert passes == [] and asyppo.measure(learner, batch, passes)["kl"] is None
+    assert asyppo.train_step(learner, 2)[1] and not torch.equal(weights(learner.actor), before[0])
+
+
+def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
+    for changes in (dict(temperature=0.8), dict(utd=1), dict(lr=1e-2, micro_batch_tokens=60)):
+        _, passes = asyppo.train_step(learner_of(tiny, **changes), 1)
+        assert passes[0]["ratio_error"] < 1e-4 and passes[0]["kl"] < 1e-9
+    assert passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
+
+
+def test_grpo_gives_every_token_its_answers_advantage(tiny):
+    learner = learner_of(tiny, critics=0)
+    batch, passes = asyppo.train_step(learner, 1)
+    expected = asyppo.group_advantages(batch.rewards.sum(1), 4)
+    assert torch.allclose(batch.advantages, expected[:, None] * batch.mask) and torch.equal(batch.adv_keep, batch.mask)
+    metrics = asyppo.measure(learner, batch, passes)
+    assert metrics["sigma_mean"] == 0 and metrics["explained_variance"] is None
+
+
+@pytest.mark.parametrize("algo", ["asyppo", "grpo"])
+@pytest.mark.parametrize("case", ["all right", "all wrong", "all empty", "all cut off"])
+def test_batches_without_contrast_give_no_nan(tiny, algo, case):
+    learner = learner_of(tiny, **asyppo.PRESETS[algo])
+    learner.reward = lambda response, example: float(case == "all right")
+    learner.end_ids = {"all empty": range(len(learner.tokenizer)), "all cut off": [-1]}.get(case, learner.end_ids)
+    for step in (1, 2):
+        batch, passes = asyppo.train_step(learner, step)
+    metrics = asyppo.measure(learner, batch, passes)
+    assert metrics["truncated_share"] == float(case == "all cut off") or case in ("all right", "all wrong")
+    assert metrics["response_length"] == {"all empty": 1, "all cut off": 10}.get(case, metrics["response_length"])
+    assert metrics["reward"] == float(case == "all right")
+    assert all(weights(model).isfinite().all() for model in (learner.actor, *learner.critics))
+
+
+def test_activation_checkpointing_leaves_the_gradient_the_same(tiny, spy):
+    found = []
+    for on in (False, True):
+        learner = learner_of(tiny, activation_checkpointing=on, utd=1)
+        lengths, real = [], learner.actor.base_model.forward
+        learner.actor.base_model.forward = lambda **x: lengths.append(x["input_ids"].shape[1]) or real(**x)
+        spy("clip_and_step", lambda model, _: model is learner.actor and found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters()])))
+        asyppo.train_step(learner, 1)
+        assert lengths[1] == 1, "the second pass reads one new token: the cache is on"
+    assert found[0].abs().max() > 1e-4 and torch.allclose(found[0], found[-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
@@ -505,39 +584,23 @@ def test_microbatches_hold_every_row_once_within_the_budget(budget):
         assert torch.equal(batch.rows(group).mask.sum(1), batch.mask[group].sum(1)), "an answer was cut"
 
 
-def test_sampling_in_parts_is_the_same_policy():
-    model, prompts = random_model(), [[3, 4, 5], [6], [2, 9, 9, 8, 4]] * 3
-    batch = asyppo.generate(model, prompts, 12, 1.0, [1, 7], 0, torch.Generator().manual_seed(0), at_once=4)
-    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
-    assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
-    assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
-    assert batch.truncated.any() and not batch.truncated.all() and batch.mask.sum(1).max() == batch.mask.shape[1]
-
-
 # -------------------------------------------------------------------------------------------------- 3 Mini-critics
-
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
 @torch.no_grad()
 def test_value_belongs_to_the_state_before_its_token(kind):
+    model = random_model(kind)
     critic = asyppo.MiniCritic(random_model(kind).base_model, torch.Generator().manual_seed(0))
-    batch = sampled(random_model(kind), prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
+    batch = sampled(model, prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
     before = critic(batch)
     assert before.shape == batch.mask.shape
     batch.tokens[:, batch.prompt_width + 2] = (batch.tokens[:, batch.prompt_width + 2] + 1) % VOCABULARY  # change o_2
     changed = (critic(batch) - before).abs() > 1e-7
     assert not changed[:, :3].any(), "V(s_2) must not know o_2"
     assert changed[:, 3].all(), "V(s_3) must have read o_2"
-
-
-@torch.no_grad()
-def test_first_value_reads_the_prompt_and_no_padding():
-    critic = asyppo.MiniCritic(random_model().base_model, torch.Generator().manual_seed(0))
-    alone = sampled(random_model(), prompts=[[3, 4]], end_ids=[99], max_new_tokens=2)
-    padded = sampled(random_model(), prompts=[[3, 4], [2, 2, 2, 2, 2]], end_ids=[99], max_new_tokens=2)
-    assert float(critic(alone)[0, 0]) == pytest.approx(float(critic(padded)[0, 0]), abs=1e-5)
-    other = sampled(random_model(), prompts=[[3, 5]], end_ids=[99], max_new_tokens=2)
-    assert abs(float(critic(alone)[0, 0]) - float(critic(other)[0, 0])) > 1e-6
+    alone, padded, other = (float(critic(sampled(model, prompts, 2, end_ids=[99]))[0, 0])
+                            for prompts in ([[3, 4]], [[3, 4], [2, 2, 2, 2, 2]], [[3, 5]]))
+    assert alone == pytest.approx(padded, abs=1e-5) and abs(alone - other) > 1e-6, "V(s_0) reads the prompt alone"
 
 
 def test_critics_start_alike_but_for_their_heads(tiny):
@@ -568,23 +631,20 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
 
 
 def test_a_cut_critic_loads_again_where_kinds_of_layers_have_a_name_of_their_own(tmp_path):
-    GPTNeoForCausalLM(GPTNeoConfig(vocab_size=20, hidden_size=16, num_layers=4, num_heads=2, max_position_embeddings=32,
-                                   attention_types=[[["global", "local"], 2]])).save_pretrained(tmp_path)
-    critic = asyppo.load_critic(str(tmp_path), 1)
-    critic.backbone.save_pretrained(tmp_path / "cut")
-    again, batch = asyppo.load_critic(str(tmp_path / "cut")), sampled(random_model())
-    assert len(again.backbone.h) == 1
-    again.head = critic.head
-    assert torch.equal(again(batch), critic(batch))
+    transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(
+        vocab_size=20, hidden_size=16, num_layers=4, num_heads=2, max_position_embeddings=32,
+        attention_types=[[["global", "local"], 2]])).save_pretrained(tmp_path)
+    cut = asyppo.load_critic(str(tmp_path), 1).backbone
+    cut.save_pretrained(tmp_path / "cut")
+    again = asyppo.load_critic(str(tmp_path / "cut")).backbone
+    assert len(again.h) == 1 and torch.equal(weights(again), weights(cut))
 
 
 def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
-    config = AutoModel.from_pretrained(tiny / "critic").config
-    config.num_labels = 1
     torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tiny / "critic", num_labels=1))
+    shutil.copytree(tiny / "critic", tmp_path / "graded")
     model.save_pretrained(tmp_path / "graded")
-    learner_of(tiny).tokenizer.save_pretrained(tmp_path / "graded")
     critics = learner_of(tiny, critic_model=str(tmp_path / "graded")).critics
     assert all(torch.equal(critic.head.weight, model.score.weight) and critic.head.bias == 0 for critic in critics)
     assert torch.equal(weights(critics[0].backbone), weights(model.model))
@@ -600,323 +660,115 @@ def test_embeddings_are_shared_and_frozen_if_asked(tiny):
     assert len({id(critic.backbone.get_input_embeddings().weight) for critic in learner_of(tiny).critics}) == 2
 
 
-# ------------------------------------------------------------------------------------------------------- 4 Training
+# ------------------------------------------------------------------------------------------------------- 4 Rollouts
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_what_is_sampled_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
+    model = random_model(kind)
+    model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
+    batch = sampled(model, temperature=temperature)
+    assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
+    assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
+    for row in range(len(batch.tokens)):
+        ids = batch.tokens[row][batch.attention[row].bool()]
+        length = int(batch.mask[row].sum())
+        logp = (model(input_ids=ids[None]).logits[0].double() / temperature).log_softmax(-1)
+        for t in range(length):
+            place = len(ids) - length + t
+            assert logprobs[row, t] == pytest.approx(float(logp[place - 1, ids[place]]), abs=1e-4)
+            assert entropy[row, t] == pytest.approx(float(-(logp[place - 1].exp() * logp[place - 1]).sum()), abs=1e-4)
 
 
-def test_the_order_of_an_iteration(tiny, spy):
-    names = "generate critic_values assign_shards update_critic gae whiten advantage_mask entropy_filter update_actor"
-    calls, learner = [], learner_of(tiny)
-    for name in names.split():
-        spy(name, lambda *a, name=name: calls.append(name))
-    asyppo.train_step(learner, 1)
-    assert calls == ("generate critic_values gae assign_shards update_critic update_critic critic_values gae whiten "
-                     "advantage_mask entropy_filter update_actor").split()
+def test_masks_come_from_lengths_and_hold_the_end_token():
+    batch = sampled(random_model(), max_new_tokens=10)
+    answers = batch.tokens[:, batch.prompt_width:]
+    assert batch.truncated.any() and not batch.truncated.all()
+    seen = set()
+    for row in range(len(answers)):
+        length = int(batch.mask[row].sum())
+        assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
+        assert not set(answers[row, :length - 1].tolist()) & set(ENDS), "an answer goes on after an end token"
+        ended = int(answers[row, length - 1]) in ENDS
+        assert ended != bool(batch.truncated[row]) and (ended or length == 10)
+        seen |= {int(answers[row, length - 1])} & set(ENDS)
+    assert seen == set(ENDS), "both end ids should have ended an answer here"
+    assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
 
 
-def test_answers_to_one_prompt_stand_side_by_side(tiny):
-    learner = learner_of(tiny)
-    batches = [asyppo.train_step(learner, step)[0] for step in (1, 2)]
-    for batch in batches:
-        assert len(batch.problem.unique()) == 4
-        assert (batch.problem.view(4, 4) == batch.problem.view(4, 4)[:, :1]).all(), "groups are cut from rows in order"
-        for b, i in enumerate(batch.problem.tolist()):
-            prompt = batch.tokens[b, :batch.prompt_width][batch.attention[b, :batch.prompt_width].bool()]
-            assert prompt.tolist() == learner.train_problems.prompts[i]
-    assert batches[0].problem.tolist() != batches[1].problem.tolist(), "every iteration draws other prompts"
+def test_tokens_that_a_model_forbids_are_never_sampled_and_give_no_nan():
+    model, forbidden = random_model(), torch.tensor([11, 12])
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY).index_fill(0, forbidden, -math.inf))
+    batch = sampled(model)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
+    (logprobs + entropy).sum().backward()
+    assert not torch.isin(batch.tokens[:, batch.prompt_width:], forbidden).any()
+    assert torch.allclose(entropy, batch.entropy, atol=1e-4)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_rewards_belong_to_their_answers(tiny):
-    asked = []
-
-    class Task(FirstTokenTask):
-        @staticmethod
-        def reward(response, example):
-            asked.append((response, example["prompt"], len(asked) / 10))
-            return len(asked) / 10 - 0.1
-
-    learner = learner_of(tiny, Task)
-    batch = asyppo.train_step(learner, 1)[0]
-    for b, (response, prompt, _) in enumerate(asked):
-        length = int(batch.mask[b].sum())
-        expected = [0.0] * batch.mask.shape[1]
-        expected[length - 1] = b / 10
-        assert batch.rewards[b].tolist() == pytest.approx(expected), "on the last token, the end token if there is one"
-        tokens = batch.tokens[b, batch.prompt_width:batch.prompt_width + length]
-        tokens = tokens[:-1] if int(tokens[-1]) in learner.end_ids else tokens
-        assert response == learner.tokenizer.decode(tokens) and prompt == learner.train_problems.examples["prompt"][
-            int(batch.problem[b])]
+@torch.no_grad()
+def test_sampling_frequencies_are_the_softmax():
+    model = random_model()
+    batch = sampled(model, prompts=[[3, 4, 5]] * 20000, max_new_tokens=1, temperature=1.5, at_once=20000)
+    expected = (model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.5).softmax(-1)
+    counted = torch.bincount(batch.tokens[:, -1], minlength=VOCABULARY) / 20000
+    assert (counted - expected).abs().max() < 0.015
+    assert expected.sort().values[:-3].sum() > 0.02, "with a tail, so that top-k sampling would be seen"
 
 
-def test_each_critic_learns_from_its_own_shard(tiny, spy):
-    learner, shards, trained = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), {}, {}
-    spy("update_critic", lambda l, m, batch, shard, generator: shards.update({m: shard.tolist()}))
-    spy("critic_loss", lambda values, returns, mask: trained.setdefault(len(shards) - 1, []).append(
-        (returns.detach().clone(), mask.clone())))
-    batch, _ = asyppo.train_step(learner, 1)
-    assert set(shards[0]) & set(shards[1]) == set() and set(shards[0]) | set(shards[1]) == set(range(16))
-    assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
-    for m in (0, 1):  # the returns it was given are those of its own answers, each critic_epochs times
-        given = sorted(float(r.sum()) for returns, mask in trained[m] for r in returns)
-        wanted = sorted(float(r.sum()) for r in batch.returns[shards[m]]) * 2
-        assert given == pytest.approx(sorted(wanted), abs=1e-5)
-    seen = []
-    spy("update_critic", lambda l, m, batch, shard, generator: seen.append(len(shard)))
-    asyppo.train_step(learner_of(tiny, shared_data=True), 1)
-    assert seen == [16, 16]
+def test_an_answer_does_not_depend_on_how_many_are_sampled_at_once():
+    model, prompts = random_model(), [[3, 4, 5], [6], [2, 9, 9, 8, 4]] * 3
+    batch, parts = (sampled(model, prompts, at_once=at_once) for at_once in (256, 4))
+    assert torch.equal(batch.tokens, parts.tokens) and torch.equal(batch.mask, parts.mask)
+    assert torch.equal(batch.truncated, parts.truncated) and 0 < batch.truncated.sum() < 9
+    assert torch.allclose(batch.logprobs, parts.logprobs, atol=1e-5)
+    assert torch.allclose(batch.entropy, parts.entropy, atol=1e-5)
+    assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
+    assert len({tuple(row) for row in batch.tokens.tolist()}) == 9, "each has random numbers of its own"
 
 
-def test_a_critics_gradient_is_that_of_its_own_answers(tiny, spy):
-    """Also checks that microbatches add up to the mean over the minibatch's tokens."""
-    learner, found, shards = learner_of(tiny, micro_batch_tokens=100, critic_epochs=1, critic_batch=100), [], []
-    spy("update_critic", lambda l, m, batch, shard, generator: shards.append(shard))
-    spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
-    before = [copy.deepcopy(critic) for critic in learner.critics]
-    batch, _ = asyppo.train_step(learner, 1)
-    for critic, shard, gradients in zip(before, shards, found):
-        part = batch.rows(shard)
-        values = critic(part)
-        error = sum(((values[b, :n] - float(batch.rewards[row].sum())) ** 2).sum()
-                    for b, row in enumerate(shard.tolist()) for n in [int(part.mask[b].sum())])
-        expected = torch.autograd.grad(error / part.mask.sum(), list(critic.parameters()))
-        assert max(float(g.abs().max()) for g in expected) > 1e-3
-        assert all(torch.allclose(g, e, atol=1e-5) for g, e in zip(gradients, expected))
+def test_log_probs_come_in_chunks_and_no_full_logits_exist():
+    model, shapes, found = random_model(), [], []
+    batch = sampled(model)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.numel()))
+    for chunk in (10**6, 5 * VOCABULARY):
+        shapes.clear()
+        model.zero_grad()
+        logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0, chunk_elements=chunk)
+        (logprobs.sum() + entropy.sum()).backward()
+        found.append((logprobs, entropy, model.base_model.embed_tokens.weight.grad))
+    assert max(shapes) <= 5 * VOCABULARY and len(shapes) > 4
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found))
 
 
-def test_values_before_and_after_the_critics_update(tiny):
-    learner = learner_of(tiny)
-    before = [copy.deepcopy(critic) for critic in learner.critics]
-    batch, _ = asyppo.train_step(learner, 1)
-    with torch.no_grad():
-        old = torch.stack([critic(batch) * batch.mask for critic in before])
-        new = torch.stack([critic(batch) * batch.mask for critic in learner.critics])
-    assert (old - new).abs().max() > 1e-3
-    assert torch.allclose(batch.predicted, old.mean(0), atol=1e-5), "predicted: before they saw the batch"
-    assert torch.allclose(batch.values, new, atol=1e-5), "the advantages: after"
-    assert torch.allclose(batch.v_bar, new.mean(0), atol=1e-5)
-    assert torch.allclose(batch.sigma, new.std(0, unbiased=False), atol=1e-5)
-    lowest, _ = asyppo.train_step(learner_of(tiny, aggregate="min"), 1)
-    assert torch.equal(lowest.v_bar, torch.minimum(*lowest.values))
-
-
-def test_targets_and_advantages(tiny):
-    for changes in (dict(), dict(gamma=0.9, lam=0.7, critic_lam=0.5, whiten=False)):
-        learner = learner_of(tiny, **changes)
-        batch, _ = asyppo.train_step(learner, 1)
-        config, mask = learner.config, batch.mask
-        _, target = asyppo.gae(batch.rewards, batch.predicted, mask, config.gamma, config.critic_lam)
-        assert torch.allclose(batch.returns, target)
-        advantages, _ = asyppo.gae(batch.rewards, batch.v_bar, mask, config.gamma, config.lam)
-        assert torch.allclose(batch.advantages, asyppo.whiten(advantages, mask) if config.whiten else advantages)
-        if not changes:
-            assert torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
-            valid = batch.advantages[mask.bool()]
-            assert abs(valid.mean()) < 1e-5 and valid.std(unbiased=False) == pytest.approx(1, abs=1e-4)
-
-
-def test_all_critics_shuffle_alike(tiny, spy):
-    orders = {}
-    spy("update_critic", lambda l, m, batch, shard, generator: orders.setdefault(m, torch.randperm(
-        8, generator=copy_of(generator)).tolist()))
-    asyppo.train_step(learner_of(tiny), 1)
-    assert orders[0] == orders[1]
-
-
-def copy_of(generator):
-    twin = torch.Generator()
-    twin.set_state(generator.get_state())
-    return twin
-
-
-def test_masks_are_ranked_over_the_whole_batch(tiny, spy):
-    learner = learner_of(tiny, mask_k=0.3, filter_h=0.4, filter_by="entropy", entropy_coef=0.5, micro_batch_tokens=60)
-    seen = []
-    spy("policy_loss", lambda *a: seen.append(a))
-    batch, passes = asyppo.train_step(learner, 1)
-    tokens = int(batch.mask.sum())
-    assert torch.equal(batch.adv_keep, asyppo.advantage_mask(batch.sigma, batch.mask, 0.3))
-    assert torch.equal(batch.ent_keep, asyppo.entropy_filter(batch.entropy, batch.mask, 0.4))
-    metrics = asyppo.measure(learner, batch, passes)
-    assert metrics["masked_share"] == pytest.approx(int(0.3 * tokens) / tokens, abs=1e-6)
-    assert metrics["filtered_share"] == pytest.approx(int(0.4 * tokens) / tokens, abs=1e-6)
-    first_pass = seen[:len(seen) // learner.config.utd]
-    assert len(first_pass) > 2
-    for place, name in ((5, "adv_keep"), (6, "ent_keep"), (2, "advantages"), (1, "logprobs"), (4, "mask")):
-        assert sum(float(call[place].sum()) for call in first_pass) == pytest.approx(
-            float(getattr(batch, name).sum()), abs=1e-3)
-    assert {call[7:] for call in seen} == {(0.2, 0.5)}
-
-
-def test_random_signals_mask_as_many_tokens_but_others(tiny):
-    sigma, noise, again = [asyppo.train_step(learner_of(tiny, mask_by=by, filter_by=by), 1)[0]
-                           for by in ("sigma", "random", "random")]
-    for name in ("adv_keep", "ent_keep"):
-        a, b, c = (getattr(batch, name) for batch in (sigma, noise, again))
-        assert a.sum() == b.sum() < sigma.mask.sum() and not torch.equal(a, b) and torch.equal(b, c)
-    assert not torch.equal(noise.adv_keep, noise.ent_keep)
-    assert torch.equal(sigma.values, noise.values)  # nothing but the masks has changed
-
-
-def test_the_actors_gradient_is_that_of_the_whole_batch(tiny, spy):
-    learner, found = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60), []
-    spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
-    actor = copy.deepcopy(learner.actor)
-    batch, _ = asyppo.train_step(learner, 1)
-    logprobs, entropy = asyppo.logprobs_and_entropy(actor, batch, 1.0)
-    expected = torch.autograd.grad(loss_by_hand(dict(
-        logprobs=logprobs, old_logprobs=batch.logprobs, advantages=batch.advantages, entropy=entropy, mask=batch.mask,
-        adv_keep=batch.adv_keep, ent_keep=batch.ent_keep, clip=0.2, beta=0.1)), list(actor.parameters()))
-    assert max(float(g.abs().max()) for g in expected) > 1e-3
-    assert all(torch.allclose(g, e, atol=1e-5) for g, e in zip(found[-1], expected))
-
-
-def test_gradients_are_clipped_and_never_stepped_when_not_finite():
-    model = torch.nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = model.weight.detach().clone()
-    model.weight.grad = torch.tensor([[30.0, 40.0]])
-    asyppo.clip_and_step(model, optimizer)
-    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
-    assert model.weight.grad is None, "the next step would add to it"
-    before = model.weight.detach().clone()
-    for gradient in (float("nan"), float("inf")):
-        model.weight.grad = torch.tensor([[gradient, 0.0]])
-        with pytest.raises(RuntimeError, match="non-finite"):
-            asyppo.clip_and_step(model, optimizer)
-        assert torch.equal(model.weight, before)
-
-
-def test_how_many_optimizer_steps(tiny, spy):
-    steps = {}
-    spy("clip_and_step", lambda model, _: steps.update({id(model): steps.get(id(model), 0) + 1}))
-    learner = learner_of(tiny, utd=3, critic_epochs=5, critic_batch=4)  # a shard of 8 answers: 2 minibatches an epoch
-    _, passes = asyppo.train_step(learner, 1)
-    assert [steps[id(m)] for m in (learner.actor, *learner.critics)] == [3, 10, 10] and len(passes) == 3
-
-
-def test_learning_rates_of_actor_backbones_and_heads(tiny):
-    learner = learner_of(tiny, lr=1e-3, critic_lr=0.0, critic_head_lr=1e-2)
-    before = copy.deepcopy([learner.actor, *learner.critics])
-    asyppo.train_step(learner, 1)
-    assert not torch.equal(weights(learner.actor), weights(before[0]))
-    for old, new in zip(before[1:], learner.critics):
-        assert torch.equal(weights(old.backbone), weights(new.backbone)) and not torch.equal(weights(old.head),
-                                                                                             weights(new.head))
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in learner.optimizers]
-    assert rates == [[1e-3], [0.0, 1e-2], [0.0, 1e-2]]
-
-
-def test_warm_up_trains_critics_alone(tiny):
-    learner = learner_of(tiny, critic_warmup=1)
-    before = weights(learner.actor), weights(learner.critics[0])
-    batch, passes = asyppo.train_step(learner, 1)
-    assert torch.equal(weights(learner.actor), before[0]) and not torch.equal(weights(learner.critics[0]), before[1])
-    assert passes == [] and asyppo.measure(learner, batch, passes)["kl"] is None
-    assert asyppo.train_step(learner, 2)[1] and not torch.equal(weights(learner.actor), before[0])
-    assert asyppo.parse(["--critic-warmup", "4", "--steps", "3"]).critic_warmup == 1
-    assert asyppo.parse(["--critic-warmup", "4", "--steps", "50"]).critic_warmup == 4
-
-
-def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
-    for changes in (dict(temperature=0.8), dict(utd=1)):
-        _, passes = asyppo.train_step(learner_of(tiny, **changes), 1)
-        assert passes[0]["ratio_error"] < 1e-4
-    assert passes[0]["kl"] < 1e-9
-    _, passes = asyppo.train_step(learner_of(tiny, lr=1e-2, micro_batch_tokens=60), 1)
-    assert passes[0]["ratio_error"] < 1e-4 and passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
-
-
-def test_grpo_gives_every_token_its_answers_advantage(tiny):
-    learner = learner_of(tiny, critics=0)
-    batch, passes = asyppo.train_step(learner, 1)
-    expected = asyppo.group_advantages(batch.rewards.sum(1), 4)
-    assert torch.allclose(batch.advantages, expected[:, None] * batch.mask) and torch.equal(batch.adv_keep, batch.mask)
-    metrics = asyppo.measure(learner, batch, passes)
-    assert metrics["sigma_mean"] == 0 and metrics["explained_variance"] is None
-
-
-class ConstantTask(FirstTokenTask):
-    def __init__(self, value):
-        self.value = value
-
-    def reward(self, response, example):
-        return self.value
-
-
-@pytest.mark.parametrize("algo", ["asyppo", "grpo"])
-@pytest.mark.parametrize("case", ["all right", "all wrong", "all empty", "all cut off"])
-def test_batches_without_contrast_give_no_nan(tiny, algo, case):
-    learner = learner_of(tiny, ConstantTask(float(case == "all right")), **asyppo.PRESETS[algo])
-    if case == "all empty":
-        learner.end_ids = list(range(len(learner.tokenizer)))  # every answer ends with its first token
-    if case == "all cut off":
-        learner.end_ids = [-1]
-    for step in (1, 2):
-        batch, passes = asyppo.train_step(learner, step)
-    metrics = asyppo.measure(learner, batch, passes)
-    assert metrics["truncated_share"] == float(case == "all cut off") or case in ("all right", "all wrong")
-    assert metrics["response_length"] == {"all empty": 1, "all cut off": 10}.get(case, metrics["response_length"])
-    assert metrics["reward"] == float(case == "all right")
-    assert all(weights(model).isfinite().all() for model in (learner.actor, *learner.critics))
-
-
-def test_a_step_repeats_itself_exactly(tiny):
-    runs = []
-    for seed in (0, 0, 1):
-        learner = learner_of(tiny, seed=seed)
-        runs.append(([asyppo.train_step(learner, step)[1] for step in (1, 2)], weights(learner.actor)))
-    assert runs[0][0] == runs[1][0] != runs[2][0] and torch.equal(runs[0][1], runs[1][1])
-
-
-def test_activation_checkpointing_leaves_the_gradient_the_same(tiny, spy):
-    found = []
-    for on in (False, True):
-        learner = learner_of(tiny, activation_checkpointing=on, utd=1)
-        lengths, real = [], learner.actor.base_model.forward
-        learner.actor.base_model.forward = lambda **x: lengths.append(x["input_ids"].shape[1]) or real(**x)
-        spy("clip_and_step", lambda model, _: found.append((model is learner.actor, [
-            p.grad.clone() for p in model.parameters()])))
-        asyppo.train_step(learner, 1)
-        assert lengths[1] == 1, "the second pass reads one new token: the cache is on"
-    actors = [torch.cat([g.flatten() for g in gradients]) for is_actor, gradients in found if is_actor]
-    assert actors[0].abs().max() > 1e-4 and torch.allclose(actors[0], actors[-1], atol=1e-6)
-
-
-def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
-    asked = []
-
-    class Task(FirstTokenTask):
-        @staticmethod
-        def reward(response, example):
-            asked.append((example["prompt"], response))
-            return 0.25
-
-    learner = learner_of(tiny, Task, eval_problems=20)
-    assert asyppo.evaluate(learner) == 0.25 == asyppo.evaluate(learner)
-    assert asked[:20] == asked[20:], "the same answers from the same policy"
-    asked = [prompt for prompt, _ in asked[:20]]
-    assert asked == learner.test_problems.examples["prompt"][:20]
-    assert not set(asked) & set(learner.train_problems.examples["prompt"])
-
-
-# What only a GPU does, on the CPU.
-
-
-def test_the_cache_is_bf16_where_bodies_are(monkeypatch):
-    model, seen = random_model(), []
+def test_bodies_and_cache_are_bf16_and_heads_float32(monkeypatch):
+    model, critic, seen = random_model(), asyppo.MiniCritic(random_model().base_model), []
     real = model.base_model.forward
 
-    def forward(**inputs):
-        output = real(**inputs)
-        seen.append({x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values)})
+    def forward(use_cache, **inputs):
+        output = real(use_cache=use_cache, **inputs)
+        if use_cache:
+            seen.extend(x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
         return output
 
     model.base_model.forward = forward
     sampled(model)
-    assert len(seen) > 3 and all(dtypes == {torch.float32} for dtypes in seen)
+    assert set(seen) == {torch.float32}
     seen.clear()
     monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
-    sampled(model)
-    assert len(seen) > 3 and all(dtypes == {torch.bfloat16} for dtypes in seen)
+    model.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch = sampled(model)
+    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
+    assert set(seen) == {torch.bfloat16} and len(seen) > 10
+    with torch.autocast("cpu", torch.bfloat16):  # whoever calls
+        values = critic(batch)
+        for x in (logprobs, entropy, values, asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
+            assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+    (logprobs.sum() + entropy.sum() + values.sum()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *critic.parameters()])
 
 
 @pytest.mark.parametrize("native", [True, False])  # False: before Ampere, where torch says yes but emulates
@@ -927,23 +779,77 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
     assert asyppo.mixed_precision(torch.device("cpu")) is False
 
 
-def test_heads_are_float32_where_bodies_are_bf16(monkeypatch):
-    model, critic = random_model(), asyppo.MiniCritic(random_model().base_model)
-    monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
-    seen = []
-    model.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    batch = sampled(model)
-    logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
-    assert set(seen) == {torch.bfloat16}
-    with torch.autocast("cpu", torch.bfloat16):  # whoever calls
-        values = critic(batch)
-        for x in (logprobs, entropy, values, asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
-            assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
-    (logprobs.sum() + entropy.sum() + values.sum()).backward()
-    assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *critic.parameters()])
+# ----------------------------------------------------------------------------------------------- 6 Several processes
+
+def three_algorithms(tiny):
+    """Metrics of three iterations and the weights after them, for each algorithm."""
+    found = {}
+    for algo in ("asyppo", "grpo", "ppo"):
+        learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
+                             **asyppo.PRESETS[algo] | {"critic_model": str(tiny / "critic")})
+        rows = [asyppo.measure(learner, *asyppo.train_step(learner, step)) for step in (1, 2, 3)]
+        rows.append({"eval_accuracy": asyppo.evaluate(learner)})
+        found[algo] = rows, [weights(model) for model in (learner.actor, *learner.critics)]
+    return found
 
 
-# ------------------------------------------------------------------------------- 6 Loading: models, prompts, levels
+# One launch for two questions, as processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
+RANKS = """
+import os, sys, torch, asyppo, test_asyppo
+from pathlib import Path
+tiny, folder, *argv = sys.argv[1:]
+asyppo.join_processes()
+rank = asyppo.dist.get_rank()
+torch.save(test_asyppo.three_algorithms(Path(tiny)), f"{folder}/{rank}.pt")
+real = asyppo.train_step
+asyppo.train_step = lambda learner, step, *rest: os._exit(1) if step == 5 and rank else real(learner, step, *rest)
+asyppo.join_processes = lambda: None
+sys.exit(asyppo.main(argv))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny, tmp_path_factory):
+    """What torchrun left of two processes: the results of three_algorithms, and a run that has died."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(20000 + os.getpid() % 20000), folder / "ranks.py", tiny, folder,
+                           *arguments(tiny, folder / "run", *LONGER)],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode != 0 and (folder / "1.pt").exists(), done.stderr
+    return folder
+
+
+def alike(found, wanted):
+    """Rows of metrics that differ by rounding alone."""
+    return found == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
+
+
+def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
+    first, second = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for algo, (wanted, alone) in three_algorithms(tiny).items():
+        for (rows, found) in (first[algo], second[algo]):
+            assert alike(rows, wanted)
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, alone, strict=True))
+        assert all(map(torch.equal, first[algo][1], second[algo][1])), "ranks drift apart"
+
+
+def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
+    out = two_processes / "run"
+    assert rows_of(out)[-1]["step"] == 4
+    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == 4, "the one of step 3 stands"
+    assert asyppo.main(["--resume", str(out)]) == 0 and alike(rows_of(out), rows_of(unstopped))
+
+
+def test_processes_must_have_the_same_problems(tiny, monkeypatch):
+    learner = learner_of(tiny)
+    monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another digest
+    with pytest.raises(asyppo.UserError, match="gives every process other rows"):
+        asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
+
+
+# ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -951,7 +857,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% endif %}{% endif %}")  # what Qwen3's comes down to
 
 
-def byte_tokenizer(begin=False, template=None, pad=None):
+def byte_tokenizer(begin=False, template=None):
     """A token a byte, and one for a blank line; `begin`: it puts <s> before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -963,7 +869,7 @@ def byte_tokenizer(begin=False, template=None, pad=None):
     tokenizer.add_special_tokens(special)
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad,
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
                                    chat_template=template)
 
 
@@ -1008,26 +914,27 @@ def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
     model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
     assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 1, tokenizer.eos_token_id})
-    tokenizer = byte_tokenizer(template=CHATML)  # a base model's: its end token is </s>, its template's <|im_end|>
-    model = random_model()
-    assert set(asyppo.end_ids(model, tokenizer)) == {1, *tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])}
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}!{% endfor %}"  # "!" is no special token
-    assert set(asyppo.end_ids(model, tokenizer)) == {1, tokenizer.convert_tokens_to_ids("</s>")}
-    tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert set(asyppo.end_ids(model, tokenizer)) == {1, tokenizer.convert_tokens_to_ids("</s>")}
+    model, tokenizer = random_model(), byte_tokenizer()
+    for template, more in [(CHATML, ["<|im_end|>"]),  # a base model's: its end token is </s>
+                           ("{% for m in messages %}{{ m.content }}!{% endfor %}", []),  # "!" is no special token
+                           ("{{ raise_exception('no') }}", [])]:
+        tokenizer.chat_template = template
+        assert set(asyppo.end_ids(model, tokenizer)) == {1, *tokenizer.convert_tokens_to_ids(["</s>", *more])}
+
+
+def task_with(prompts):
+    return types.SimpleNamespace(problems=lambda split, seed: datasets.Dataset.from_dict({"prompt": prompts}))
 
 
 def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
     learner = learner_of(tiny)
     breaks = set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
+    for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
+        model.get_input_embeddings().num_embeddings = 1000
     for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
                                    (None, [5, 6], {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
-        for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
-            model.get_input_embeddings().num_embeddings = 1000
-        task = type("Task", (), {"problems": staticmethod(lambda split, seed: datasets.Dataset.from_dict(
-            {"prompt": [prompt]}))})
-        asyppo.load_problems(learner, task, "train", 1, "")
+        asyppo.load_problems(learner, task_with([prompt]), "train", 1, "")
         assert set(learner.end_ids) == ends
     learner.end_ids = [1, *breaks]
     for text, shown in (("12\n", "12"), ("12", "12")):
@@ -1035,204 +942,248 @@ def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
         batch = asyppo.Batch(torch.tensor([[0, *ids]]), torch.ones(1, len(ids) + 1), torch.ones(1, len(ids)),
                              *torch.zeros(3, 1, len(ids)), torch.tensor([[1, len(ids)]]))
         assert asyppo.answer_texts(learner, batch) == [shown]
+    llama = Tokenizer(BPE({c: i for i, c in enumerate("?!_def():retun\n")}, merges=[]))  # its decoder strips a space
+    llama.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, llama, [1]
+    batch = asyppo.Batch(torch.tensor([ids]), *[torch.ones(1, len(ids) - 9)] * 5, torch.tensor([[9, len(ids) - 9]]))
+    assert asyppo.answer_texts(learner, batch) == ["    return e"] and not llama.decode(ids[9:]).startswith("    ")
+    learner.tokenizer = toy_task.make_tokenizer()  # its unknown token is its end token, as OPT's is: no fault
+    learner.tokenizer.unk_token = learner.tokenizer.bos_token = learner.tokenizer.eos_token
+    assert asyppo.load_problems(learner, task_with([[1, 3, 4]]), "train", 1, "")[0][0] == [1, 3, 4]
 
 
-@pytest.mark.parametrize("kind, begin, template, pad", [
-    ("gpt2", False, None, None),                   # learned positions, no pad token, no chat template
-    ("llama", True, "<s>" + CHATML, None),         # tokenizer and template both know the begin token
-    ("qwen3", False, CHATML, "</s>"),              # pad token == end token
-    ("gemma3", True, CHATML, None),                # sliding windows, and a head tied to scaled embeddings
+@pytest.mark.parametrize("kind, begin, template", [
+    ("gpt2", False, None),            # learned positions, no chat template
+    ("llama", True, "<s>" + CHATML),  # tokenizer and template both know the begin token
+    ("gemma3", True, CHATML),         # sliding windows, and a head tied to scaled embeddings
 ])
-def test_a_run_in_words_with_other_architectures(tmp_path, monkeypatch, capsys, kind, begin, template, pad):
-    monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", 272)
-    monkeypatch.setattr(toy_task, "SIZES", {"train": 64, "test": 8})
-    tokenizer = byte_tokenizer(begin, template, pad)
-    model = random_model(kind)
-    if kind in ("llama", "qwen3"):
-        model.config.max_position_embeddings = 1024
+def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, template):
+    tokenizer, model = byte_tokenizer(begin, template), random_model(kind, vocabulary=272)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    flags = f"--model {tmp_path}/model --steps 2 --max-new-tokens 8 --eval-problems 4 --critic-warmup 0 --utd 2".split()
-    flags += f"--prompts-per-step 2 --group-size 2 --out {tmp_path}/run --lr 1e-3 --micro-batch-tokens 900".split()
-    assert asyppo.main([*flags, "--activation-checkpointing"]) == 0, capsys.readouterr().err
+    (tmp_path / "words.py").write_text(
+        "import toy_task\nfrom toy_task import choose_level, reward\ndef problems(split, seed, level):\n"
+        "    return toy_task.problems(split, seed, level).select(range(32 if split == 'train' else 4))\n")
+    flags = f"--model {tmp_path}/model --task {tmp_path}/words.py --out {tmp_path}/run --steps 2 --critic-warmup 0"
+    flags += " --max-new-tokens 8 --utd 2 --prompts-per-step 2 --group-size 2 --lr 1e-3 --micro-batch-tokens 900"
+    assert asyppo.main([*flags.split(), "--activation-checkpointing"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert re.search(r"level 1-shown +0% right of 32, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le",
-                     told)
-    layers, quarter = model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 4)
-    count = sum(p.numel() for p in model.parameters())
-    assert re.search(rf"actor +{layers} layers +{count:,} .*\ncritic 1 +{quarter} .*\ncritic 2 +{quarter} ", told)
+    assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
+    count, layers = sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers
+    assert re.search(rf"actor +{count:,} parameters .*\ncritic 1 .*\ncritic 2 ", told)
     assert all(row["first_ratio_error"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["level"], config["lr"], config["critic_lr"]) == ("1-shown", 1e-3, 5e-5), "--model's own defaults"
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
-    assert "right of" not in capsys.readouterr().out, "the level is not chosen again"
+    assert "chosen" not in capsys.readouterr().out, "the level is not chosen again"
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor")
-    asyppo.load_critic(str(tmp_path / "run/critic_1"))
+    critic = asyppo.load_critic(str(tmp_path / "run/critic_1"))
+    assert critic.backbone.config.num_hidden_layers == max(1, layers // 4), "cut from the actor"
 
 
-def test_the_level_nearest_to_40_percent_is_chosen(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(toy_task, "SIZES", {"train": 64, "test": 8})
-    learner, asked = learner_of(tiny), []
-    monkeypatch.setattr(asyppo, "encode", lambda tokenizer, prompt: [3])
-    monkeypatch.setattr(toy_task, "LEVELS", {level: level_of for level, level_of in toy_task.LEVELS.items()
-                                             if "shown" not in level})
-    for shares, best, warning in [({"1": 1.0, "2": 0.75, "3": 0.5, "4": 0.25, "5": 0.03, "6": 0.03}, "3", False),
-                                  ({"1": 1.0, "2": 0.95, "3": 0.03, "4": 0.0}, "3", True)]:
-        asked.clear()
+@pytest.mark.parametrize("right, best, hopeless", [([32, 24, 16, 8, 1, 1], 2, False), ([32, 31, 1, 0], 2, True)])
+def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, hopeless):
+    """`right`: of 32 answers at each level."""
+    levels, asked, graded = list(toy_task.LEVELS), [], []
 
-        def answer(learner, problems, index, generator):
-            asked.append(problems.examples[0]["level"])
-            batch = sampled(random_model(), [[3]] * len(index), end_ids=[99])
-            batch.rewards = torch.zeros_like(batch.mask)
-            batch.rewards[:round(shares[asked[-1]] * len(index)), -1] = 1
-            return batch
+    def problems(split, seed, level):
+        asked.append(level)
+        return FirstTokenTask.problems(split, seed)
 
-        monkeypatch.setattr(asyppo, "sample_and_grade", answer)
-        assert asyppo.choose_level(learner, toy_task) == best
-        assert asked == list(shares), "it stops after two hopeless levels in a row"
-        assert ("expect to learn little" in capsys.readouterr().out) == warning
+    def reward(response, example):
+        graded.append(asked[-1])
+        return float(graded.count(asked[-1]) <= right[len(asked) - 1])
+
+    task = types.SimpleNamespace(problems=problems, reward=reward, choose_level=toy_task.choose_level)
+    assert learner_of(tiny, task).config.level == levels[best]
+    assert asked == [*levels[:len(right)], levels[best], levels[best]], "it stops after two hopeless levels in a row"
+    told = capsys.readouterr().out
+    assert re.findall(r"level (\S+) +(\d+)% right", told) == [(x, f"{n / 32:.0%}"[:-1]) for x, n in zip(levels, right)]
+    assert ("expect to learn little" in told) == hopeless
 
 
 def test_a_model_that_is_used_in_another_way_is_refused():
     for kind in KINDS:
         asyppo.check_model(random_model(kind))
-    model = random_model()
-    real = model.forward
-
-    def capped(**inputs):
-        output = real(**inputs)
-        output.logits = output.logits.tanh()
-        return output
-
-    model.forward = capped
-    with pytest.raises(ValueError, match="capped or scaled"):
-        asyppo.check_model(model)
-    model = random_model()  # its cache forgets the padding: wrong for the shorter of two prompts
-    real_base = model.base_model.forward
-    model.base_model.forward = lambda attention_mask=None, **inputs: real_base(
+        asyppo.check_prefixes(random_model(kind).base_model, 40)
+    forgetful, sizes = random_model(), LLAMA | dict(num_key_value_heads=1)
+    base = forgetful.base_model.forward  # its cache will forget the padding: wrong for the shorter of two prompts
+    forgetful.base_model.forward = lambda attention_mask=None, **inputs: base(
         attention_mask=attention_mask if inputs.get("past_key_values") is None else torch.ones_like(attention_mask),
         **inputs)
-    with pytest.raises(ValueError, match="its cache or positions"):
-        asyppo.check_model(model)
-    common = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(0)
-    lfm2 = AutoModelForCausalLM.from_config(transformers.Lfm2Config(**common, num_key_value_heads=1,
-                                                                    layer_types=["conv", "full_attention"]))
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1))
-    for model in (lfm2.eval(), mamba):  # a state that rows cannot leave
-        with pytest.raises(ValueError, match="cache"):
+    capped = random_model((transformers.Gemma2Config, sizes | dict(head_dim=8, final_logit_softcapping=0.1)))
+    hybrid = random_model((transformers.Lfm2Config, sizes | dict(layer_types=["conv", "full_attention"])))
+    mamba = random_model((transformers.MambaConfig, dict(hidden_size=16, num_hidden_layers=1)))
+    for model in (forgetful, capped, hybrid, mamba):  # the last two have a state that rows cannot leave
+        with pytest.raises(Exception, match="capped or scaled|cache|past_key_values|batch_select"):
             asyppo.check_model(model)
-
-
-def copied(tiny, folder, change):
-    """A copy of the tiny actor with a changed file."""
-    shutil.copytree(tiny / "actor", folder)
-    change(folder)
-    return ["--model", str(folder)]
+    stretching = random_model((LlamaConfig, LLAMA | dict(max_position_embeddings=8, rope_parameters={
+        "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0})))  # positions depend on the length of the text
+    with pytest.raises(ValueError, match="it reads ahead, or scales its positions"):
+        asyppo.check_prefixes(stretching.base_model, 40)
 
 
 def edit(name, **changes):
     return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
 
 
-def headless(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.config.tie_word_embeddings = False
-    model.model.save_pretrained(folder)
-
-
-@pytest.mark.parametrize("change, said", [
-    (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
-    (headless, "no weights for lm_head.weight: is it a language model?"),
-    (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter (LoRA)"),
-    (edit("config.json", quantization_config={"quant_method": "awq"}), "quantised"),
-    (lambda f: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
-        num_key_value_heads=1)).save_pretrained(f), "cap their logits"),
+@pytest.mark.parametrize("flag, change, said", [
+    ("--model", lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+    ("--model", edit("config.json", tie_word_embeddings=False), "no weights for lm_head.weight: is it a language mod"),
+    ("--model", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter (LoRA)"),
+    ("--model", edit("config.json", quantization_config={"quant_method": "awq"}), "quantised"),
+    ("--model", lambda f: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**LLAMA | dict(
+        vocab_size=20, head_dim=8, num_key_value_heads=1))).save_pretrained(f), "cap their logits"),
+    ("--critic-model", lambda f: byte_tokenizer().save_pretrained(f), "its tokenizer is not the actor's"),
+    ("--critic-model", lambda f: AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(
+        f, num_labels=2)).save_pretrained(f), "size mismatch for weight"),  # a reward model has one
+    ("--critic-model", lambda f: AutoModel.from_config(transformers.Gemma3TextConfig(**LLAMA | dict(
+        vocab_size=316, head_dim=8, num_key_value_heads=1, use_bidirectional_attention=True))).save_pretrained(f),
+     "it reads ahead"),
 ])
-def test_models_refused_at_loading(tiny, tmp_path, fails, change, said):
-    fails(said, *copied(tiny, tmp_path / "model", change))
+def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
+    shutil.copytree(tiny / ("critic" if flag == "--critic-model" else "actor"), tmp_path / "model")
+    change(tmp_path / "model")
+    fails(f"{flag} {tmp_path}/model ... {said}", flag, str(tmp_path / "model"))
 
 
-def test_critics_must_read_the_actors_tokens(tiny, tmp_path, fails):
+def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "actor")
+    model.resize_token_embeddings(400, mean_resizing=False)  # one family may pad its vocabularies differently
+    model.get_input_embeddings().weight.data[-80:] = 3.0
+    model.save_pretrained(tmp_path)
+    toy_task.make_tokenizer().save_pretrained(tmp_path)
+    learner = learner_of(tiny, model=str(tmp_path))
+    rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
+    assert asyppo.train_step(learner, 1)[0].tokens.max() < rows == learner.actor.config.vocab_size
     shutil.copytree(tiny / "critic", tmp_path / "critic")
-    text = (tmp_path / "critic/tokenizer.json").read_text()
-    (tmp_path / "critic/tokenizer.json").write_text(text.replace('"0": 3', '"0": 4').replace('"1": 4', '"1": 3'))
-    fails("its tokenizer is not the actor's", "--critic-model", str(tmp_path / "critic"))
+    save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
+              tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    for path, layers, told in ((tmp_path, 0, 1), (tmp_path, 1, 1), (tiny, 0, 0), (tiny, 1, 0)):
+        asyppo.load_critic(str(path / "critic"), layers)
+        assert capsys.readouterr().out.count("v_head.summary.weight") == told
 
 
-def test_a_reward_model_with_two_labels_is_refused(tiny, tmp_path, fails):
-    shutil.copytree(tiny / "critic", tmp_path / "critic")
-    config = AutoModel.from_pretrained(tiny / "critic").config
-    config.num_labels = 2
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "critic")
-    fails("size mismatch for weight", "--critic-model", str(tmp_path / "critic"))
+def task_file(problems="Dataset.from_dict({'prompt': [[3, 4]] * 8})", reward="0.0"):
+    return (f"from datasets import Dataset\ndef problems(split, seed):\n    return {problems}\n"
+            f"def reward(response, example):\n    return {reward}\n")
 
 
-def test_a_tokenizer_whose_unknown_token_is_its_end_token_trains(tiny, tmp_path):
-    """OPT's is; the prompt then holds it on purpose."""
-    tokenizer = toy_task.make_tokenizer()
-    tokenizer.unk_token = tokenizer.bos_token = tokenizer.eos_token
-    learner = learner_of(tiny)
-    learner.tokenizer = tokenizer
-    task = type("Task", (), {"problems": staticmethod(lambda split, seed: datasets.Dataset.from_dict(
-        {"prompt": [[1, 3, 4]]}))})
-    assert asyppo.load_problems(learner, task, "train", 1, "").prompts == [[1, 3, 4]]
+def prompts(rows):
+    return task_file(f"Dataset.from_dict({{'prompt': {rows}}})")
 
 
-def test_a_model_without_end_token_is_announced(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(asyppo, "end_ids", lambda *a: [])
-    asyppo.main(arguments(tiny, tmp_path / "run", "--steps", "1"))
-    assert "neither model nor tokenizer has an end token" in capsys.readouterr().out
+@pytest.mark.parametrize("text, said", [
+    ("this is no python", "SyntaxError"), ("problems = None", "task.py: AttributeError ... 'reward'"),
+    ("def reward(response, example):\n    return 0.0\n", "task.py: AttributeError ... 'problems'"),
+    (task_file("['1+1=']"), "must return a datasets.Dataset"),
+    (task_file("Dataset.from_dict({'question': ['1'] * 8})"), "'prompt'"),
+    (task_file("open('no/such/file')"), "FileNotFoundError"), (prompts("[[3]] * 3"), "3 rows, but 4 are needed"),
+    (prompts("['1', ''] * 4"), "of row 1"), (prompts("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
+    (prompts("[[3], [99999]] * 4"), "of row 1"), (prompts("[[3], [-1]] * 4"), "of row 1"),
+    (prompts("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
+    (task_file(reward="float('nan')"), "it returned nan, not a finite number"),
+    (task_file(reward="1e16"), "it returned 1e+16"), (task_file(reward="1 / 0"), "ZeroDivisionError"),
+    (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
+    (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
+    ("class Timeout(BaseException): pass\ndef late():\n    raise Timeout('slow')\n" + task_file(reward="late()"),
+     "reward() failed for {'prompt': [3, 4]}: Timeout: slow"),
+    (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError"),
+])
+def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
+    (tmp_path / "task.py").write_text(text)
+    fails(said, "--task", str(tmp_path / "task.py"))
 
 
-# ------------------------------------------------------------------------------------------------------- 7 The run
+def test_tasks_that_work(tiny, tmp_path, monkeypatch):
+    """A helper beside the file, a level that is a number, data in torch's format, bytes as prompts, numpy's numbers and
+    a tensor from look(), another working directory (at import and later)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "models")
+    Path("helper_of_task.py").write_text("RIGHT = '1'\n")
+    Path("task.py").write_text("import os, numpy, torch\nfrom datasets import Dataset\n"
+                               "from helper_of_task import RIGHT\nos.chdir('/usr')\n"
+                               "def problems(split, seed, level=0):\n    assert level == '2'\n    os.chdir('/')\n"
+                               "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8}).with_format('torch')\n"
+                               "def reward(response, example):\n    return response[:1] == RIGHT\n"
+                               "def look(*_):\n    return {'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
+    more = "--task task.py --level 2 --model models/actor --critic-model models/critic"
+    assert asyppo.main(arguments(tiny, "run", *more.split())) == 0
+    assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
+    assert [rows_of(tmp_path / "run")[step][key] for step, key in ((2, "x"), (4, "y"))] == [1, 2]
 
 
-METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_ratio_error
-explained_variance sigma_mean masked_share filtered_share seconds_rollout seconds_critic seconds_actor
-generated_tokens_per_second""".split()
+def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_cache(tiny, tmp_path):
+    seen = []
+    for word in ("3+4", "5*6"):
+        path = tmp_path / f"{len(seen)}.py"
+        path.write_text(f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n" + task_file(
+            "Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
+            "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})"))
+        seen.append(learner_of(tiny, asyppo.load_task(str(path))).train_problems)
+    assert [problems[0][1]["prompt"] for problems in seen] == ["3+4 =", "5*6 ="]
+    assert len(seen[0][0][0]) == 2 and seen[0][0][0] != seen[1][0][0]
+    count = itertools.count()
+    drawing = datasets.Dataset.from_dict({"x": [0] * 8}).with_transform(lambda _: {"prompt": [[3 + next(count) % 9]]})
+    read = asyppo.load_problems(learner_of(tiny), types.SimpleNamespace(problems=lambda *_: drawing), "train", 4, "")
+    assert all(ids == row["prompt"] for ids, row in read), "what was drawn anew at every access is read once"
+
+
+# ------------------------------------------------------------------------------------------------------- 8 The run
+
+def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
+    learner, asked = learner_of(tiny, eval_problems=20), []
+    learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
+    assert asyppo.evaluate(learner) == 0.25 == asyppo.evaluate(learner)
+    assert asked[:20] == asked[20:], "the same answers from the same policy"
+    held_out, train = ([row["prompt"] for _, row in x] for x in (learner.test_problems, learner.train_problems))
+    assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
+
+
+METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
+first_ratio_error explained_variance masked_share filtered_share seconds_rollout seconds_critic seconds_actor""".split()
+
+
+@pytest.fixture(scope="module")
+def run_of(tiny, tmp_path_factory):
+    """run_of(algo): the directory of a run with pictures, and its learner. Not to be changed."""
+    (tiny / "drawing.py").write_text((tiny / "task.py").read_text() + "from toy_task import draw\n")
+
+    @functools.cache
+    def run(algo):
+        out, real, kept = tmp_path_factory.mktemp(algo) / "run", asyppo.save_models, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyppo, "save_models", lambda learner, *rest: (kept.append(learner), real(learner, *rest)))
+            assert asyppo.main(arguments(tiny, out, "--algo", algo, "--task", str(tiny / "drawing.py"))) == 0
+        return out, kept[0]
+    return run
 
 
 @pytest.mark.parametrize("algo, critics", [("asyppo", 2), ("ppo", 1), ("naive", 1), ("grpo", 0)])
-def test_a_run_and_what_it_leaves_behind(tiny, tmp_path, capsys, fails, algo, critics):
-    out = tmp_path / "run"
-    assert asyppo.main(arguments(tiny, out, "--algo", algo)) == 0
-    assert json.loads((out / "config.json").read_text())["algo"] == algo
+def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
+    out, learner = run_of(algo)
+    fails("already holds a run; go on with it (--resume", out=out)
+    assert json.loads((out / "config.json").read_text())["algo"] == algo, "nothing was lost"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(set(METRICS) <= set(row) for row in rows[1:])
     assert [row["eval_accuracy"] is None for row in rows] == [False, True, False, False]
     assert (rows[3]["explained_variance"] is None) == (critics == 0 or rows[3]["reward"] in (0, 1))
     for picture in ("curves.png", "tokens.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert not list(out.rglob("*.bin")) and [path.name for path in out.rglob("*.pt")] == ["checkpoint.pt"]
+    assert load_file(out / "last_batch.safetensors")["mask"].shape[0] == 16
     actor = AutoModelForCausalLM.from_pretrained(out / "actor")
+    assert torch.equal(weights(actor), weights(learner.actor)), "the trained weights are saved"
+    assert not torch.equal(weights(actor), weights(AutoModelForCausalLM.from_pretrained(tiny / "actor")))
     assert AutoTokenizer.from_pretrained(out / "actor")("1").input_ids
     folders = sorted(folder.name for folder in out.glob("critic_*"))
     assert folders == [f"critic_{m}" for m in range(1, critics + 1)]
-    for folder in folders:
-        AutoModel.from_pretrained(out / folder)
-        critic = asyppo.load_critic(str(out / folder))
-        assert critic(sampled(actor, prompts=[[3, 4]])).isfinite().all() and critic.head.weight.abs().sum() > 0
-        assert critic.backbone.config.hidden_size == (32 if algo == "ppo" else 16)
-    assert not list(out.rglob("*.bin")) and [path.name for path in out.rglob("*.pt")] == ["checkpoint.pt"]
-    assert load_file(out / "last_batch.safetensors")["mask"].shape[0] == 16
-    fails("already holds a run; go on with it (--resume", out=out)
-    assert json.loads((out / "config.json").read_text())["algo"] == algo, "nothing was lost"
-
-
-def test_saved_weights_are_the_trained_ones(tiny, tmp_path, spy):
-    kept = {}
-    spy("save_models", lambda learner, out: kept.update(learner=learner))
-    assert asyppo.main(arguments(tiny, tmp_path / "run")) == 0
-    learner = kept["learner"]
-    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor")), weights(learner.actor))
-    assert not torch.equal(weights(AutoModelForCausalLM.from_pretrained(tiny / "actor")), weights(learner.actor))
-    for m in (1, 2):
-        saved = asyppo.load_critic(str(tmp_path / f"run/critic_{m}"))
-        assert torch.equal(weights(saved), weights(learner.critics[m - 1]))
-    more = ("--critic-model", str(tmp_path / "run/critic_1"), "--steps", "1", "--critic-warmup", "0")
-    assert asyppo.main(arguments(tiny, tmp_path / "again", *more)) == 0, "a saved critic is where others can start"
+    for folder, trained in zip(folders, learner.critics):
+        again = learner_of(tiny, critic_model=str(out / folder), critics=1).critics[0]  # others can start from it
+        assert torch.equal(weights(again), weights(trained)) and again.head.weight.abs().sum() > 0
+        assert again.backbone.config.hidden_size == (32 if algo == "ppo" else 16)
 
 
 @pytest.mark.parametrize("temperature, off", [("1", 0.002), ("0.1", 0.02)])
@@ -1245,165 +1196,14 @@ def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, tmp_path,
     assert asyppo.main(arguments(tiny, tmp_path / "ends", *flags)) == 0
 
 
-TASK_HEAD = "from datasets import Dataset\n"
-GOOD_PROBLEMS = "def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3, 4]] * 8})\n"
-GOOD_REWARD = "def reward(response, example):\n    return 0.0\n"
-
-
-@pytest.mark.parametrize("more, said", [
-    (["--mask-k", "1.1"], "mask_k must be from 0 to 1, not 1.1"),
-    (["--filter-h", "-0.1"], "filter_h must be from 0 to 1"),
-    (["--group-size", "1"], "group_size 1 is too small"),
-    ("--algo grpo --group-size 1".split(), "group_size 1 is too small"),
-    (["--prompts-per-step", "0"], "prompts_per_step must be from 1"),
-    (["--temperature", "0"], "temperature must be from 0.01 to 100"),
-    (["--critic-layers", "9"], "has only 2 layers"),
-    (["--seed", "10000000000000"], "seed must be from 0 to"),
-    (["--out", "x" * 300], "File name too long"),
-    (["--gamma", "nan"], "gamma must be from 0 to 1, not nan"),
-    (["--lr", "inf"], "lr must be from 1e-12 to 1"),
-    (["--model", "no/such-model"], "no such directory; is there such a model on the hub?"),
-    (["--critic-model", "./no_such_directory"], "--critic-model ./no_such_directory"),
-    (["--level", "9"], "there is no level '9'"),
-    (["--task", "no_such_task.py"], "--task no_such_task.py: FileNotFoundError"),
-    (["--max-new-tokens", "300"], "exceed the model's context"),
-    (["--prompts-per-step", "50000"], "but 50000 are needed"),
-    (["--out", "/dev/null/run"], "Not a directory"),
-    (["--resume", "no_such_run"], "--resume no_such_run: its config.json does not hold a run's flags"),
-    ("this is no python", "SyntaxError"),
-    ("raise RuntimeError('boom')", "RuntimeError: boom"),
-    (GOOD_REWARD, "has no attribute 'problems'"),
-    (GOOD_PROBLEMS, "has no attribute 'reward'"),
-    ("def problems(split, seed):\n    return ['1+1=']\n" + GOOD_REWARD, "must return a datasets.Dataset"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'question': ['1'] * 8})\n" + GOOD_REWARD, "'prompt'"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '']* 4})\n" + GOOD_REWARD, "of row 1"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [99999]]* 4})\n" + GOOD_REWARD,
-     "of row 1"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': [[3], [-1]]* 4})\n" + GOOD_REWARD,
-     "of row 1"),
-    ("def problems(split, seed):\n    raise OSError('no disk')\n" + GOOD_REWARD, "OSError: no disk"),
-    ("def problems(split, seed):\n    return Dataset.from_dict({'prompt': ['1', '\u20ac'] * 4})\n" + GOOD_REWARD,
-     "of tokens that the models do not know"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return float('nan')\n",
-     "it returned nan, not a finite number"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1e16\n", "it returned 1e+16"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 'good'\n", "reward() failed for {'prompt': [3, 4]}"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return None\n", "TypeError"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n", "ZeroDivisionError"),
-    (GOOD_PROBLEMS + "def reward(response, example):\n    exit()\n",
-     "reward() failed for {'prompt': [3, 4]}: SystemExit"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(fails, tmp_path, more, said):
-    if isinstance(more, str):
-        (tmp_path / "task.py").write_text(TASK_HEAD + more)
-        more = ["--task", str(tmp_path / "task.py")]
-    fails(said, *more)
-
-
-@pytest.mark.parametrize("text, missing", [(GOOD_REWARD, "problems"), (GOOD_PROBLEMS, "reward")])
-def test_a_task_that_lacks_a_function_is_refused_before_models_load(tmp_path, text, missing):
-    (tmp_path / "task.py").write_text(TASK_HEAD + text)
-    with pytest.raises(asyppo.UserError, match=f"^--task .*task.py: AttributeError: .*'{missing}'"):
-        asyppo.load_task(str(tmp_path / "task.py"))
-
-
-@pytest.mark.parametrize("flags, said", [(["--algo", "sarsa"], "invalid choice: 'sarsa'"),
-                                         (["--stepz", "3"], "--stepz"), (["--steps", "many"], "invalid int value")])
-def test_wrong_flags_are_argparses_own_line(capsys, flags, said):
-    with pytest.raises(SystemExit) as ended:
-        asyppo.main(flags)
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and said in told and told.strip().count("\n") == 0
-
-
-def test_tasks_that_work(tiny, tmp_path):
-    """A helper beside the task file, levels that are numbers, data in torch's format."""
-    (tmp_path / "helper_of_task.py").write_text("RIGHT = '1'\n")
-    (tmp_path / "task.py").write_text(TASK_HEAD + "from helper_of_task import RIGHT\nLEVELS = [1, 2, 3]\n"
-                                      "def problems(split, seed, level=0):\n    assert level == 2\n"
-                                      "    return Dataset.from_dict({'prompt': [[3, 4]] * 8}).with_format('torch')\n"
-                                      "def reward(response, example):\n    return response[:1] == RIGHT\n")
-    assert asyppo.main(arguments(tiny, tmp_path / "run", "--task", str(tmp_path / "task.py"), "--level", "2")) == 0
-
-
-def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_cache(tiny, tmp_path):
-    seen = []
-    for word in ("3+4", "5*6"):
-        Path(tmp_path / f"{len(seen)}.py").write_text(
-            TASK_HEAD + f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n"
-            "def problems(split, seed):\n    return Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
-            "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})\n" + GOOD_REWARD)
-        task = asyppo.load_task(str(tmp_path / f"{len(seen)}.py"))
-        seen.append(learner_of(tiny, task).train_problems)
-    assert [p.examples[0]["prompt"] for p in seen] == ["3+4 =", "5*6 ="]
-    assert len(seen[0].prompts[0]) == 2 and seen[0].prompts != seen[1].prompts
-
-
-def test_a_run_that_was_killed_while_loading_starts_again_with_resume(tiny, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(asyppo, "make_learner", lambda *a: sys.exit())
-        patch.setattr(Path, "unlink", lambda *a, **k: None)  # nothing is tidied up after kill -9
-        with pytest.raises(SystemExit):
-            asyppo.main(arguments(tiny, tmp_path / "run"))
-    assert asyppo.main(["--resume", str(tmp_path / "run")]) == 0
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [0, 1, 2, 3]
-
-
-def test_a_task_may_change_the_working_directory(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("task.py").write_text(TASK_HEAD + "import os\ndef problems(split, seed):\n    os.chdir('/')\n"
-                               "    return Dataset.from_dict({'prompt': [[3, 4]] * 8})\n" + GOOD_REWARD)
-    assert asyppo.main(arguments(tiny, "run", "--task", "task.py")) == 0 and (tmp_path / "run/actor").exists()
-
-
-def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
-    done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "run"],
-                          cwd=tmp_path, capture_output=True, text=True,
-                          env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)})
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B (no such directory; is there such a")
-    assert not (tmp_path / "run/config.json").exists(), "the directory is free again"
-
-
-def test_presets_are_nothing_but_defaults():
-    for algo, preset in asyppo.PRESETS.items():
-        config = asyppo.parse(["--algo", algo])
-        assert all(getattr(config, key) == value for key, value in preset.items())
-        assert config.out == f"runs/{algo}-0"
-        with_model = asyppo.parse(["--algo", algo, "--model", "x"])
-        assert all(getattr(with_model, key) == value for key, value in (asyppo.MODEL_DEFAULTS | preset).items())
-        assert with_model.out == f"runs/x-{algo}-0"
-    config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
-    assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
-
-
-def test_out_of_memory_and_divergence_say_what_to_change(tiny, fails, monkeypatch):
-    def raising(error):
-        def call(*a, **k):
-            raise error
-        return call
-
-    for error, said in ((torch.OutOfMemoryError("CUDA out of memory"), "Lower --sample-batch if it came while"),
-                        (RuntimeError("The total norm for gradients is non-finite"), "lower --lr or --critic-lr")):
-        with monkeypatch.context() as patch:
-            patch.setattr(asyppo, "update_actor", raising(error))
-            fails(said, "--critic-warmup", "0", out=None)
-
-
-def test_the_traceback_is_there_for_whoever_debugs(tiny, tmp_path, monkeypatch):
-    (tmp_path / "task.py").write_text(TASK_HEAD + GOOD_PROBLEMS + "def reward(response, example):\n    return 1 / 0\n")
-    monkeypatch.setenv("ASYPPO_TRACEBACK", "1")
-    with pytest.raises(asyppo.UserError) as raised:
-        asyppo.main(arguments(tiny, tmp_path / "run", "--task", str(tmp_path / "task.py")))
-    assert isinstance(raised.value.__cause__, ZeroDivisionError)
-
-
-# ---------------------------------------------------------------------------------------------- Checkpoints, resume
-
-
-def rows_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / "lock"), monkeypatch.context() as patch:
+        patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
+        fails("another process is at work in", out=out)
+    monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
+    assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
 
 LONGER = ["--steps", "8", "--checkpoint-every", "3", "--critic-warmup", "2"]
@@ -1417,90 +1217,73 @@ def unstopped(tiny, tmp_path_factory):
 
 
 def same_result(out, unstopped):
-    same = torch.equal(weights(AutoModelForCausalLM.from_pretrained(out / "actor")),
-                       weights(AutoModelForCausalLM.from_pretrained(unstopped / "actor")))
-    return same and rows_of(out) == rows_of(unstopped)
+    ours, theirs = ((run / "actor/model.safetensors").read_bytes() for run in (out, unstopped))
+    return ours == theirs and rows_of(out) == rows_of(unstopped)
 
 
-def test_killed_twice_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
-    """kill -9 once before the first checkpoint, once between two."""
-    out, threads = tmp_path / "run", {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)]
-    for lines in (2, 6):  # of metrics.jsonl: step 0 and one more; up to step 5, which is after the checkpoint of step 3
-        process = subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL)
-        log = out / "metrics.jsonl"
-        while not log.exists() or log.read_text().count("\n") < lines:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-        assert not (out / "actor").exists(), "it had come to its end"
-        command = [sys.executable, HERE / "asyppo.py", "--resume", out]
-    assert subprocess.run(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL).returncode == 0
-    assert same_result(out, unstopped)
+def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
+    """kill -9 after step 5, between two checkpoints."""
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)],
+                               stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < 6:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (out / "actor").exists(), "it had come to its end"
+    assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
 
 
-def test_ctrl_c_says_how_to_go_on(tiny, unstopped, tmp_path, monkeypatch, capsys):
-    out, real = tmp_path / "run", asyppo.train_step
+@pytest.mark.parametrize("step, code, said", [  # ctrl-C before the first checkpoint and after it; a full disk
+    (2, 130, "goes on from its last checkpoint with --resume"), (5, 130, "goes on from its last checkpoint"),
+    (6, 2, "the checkpoint of step 6 ... No space left")])
+def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped, tmp_path, capsys, step, code, said):
+    out, train_step, save = tmp_path / "run", asyppo.train_step, torch.save
 
-    def interrupted(learner, step, *rest):
-        if step == 5:
+    def interrupted(learner, now, *rest):
+        if now == step and code == 130:
             raise KeyboardInterrupt
-        return real(learner, step, *rest)
+        return train_step(learner, now, *rest)
 
-    monkeypatch.setattr(asyppo, "train_step", interrupted)
-    assert asyppo.main(arguments(tiny, out, *LONGER)) == 130
-    assert "goes on from its last checkpoint with --resume" in capsys.readouterr().err
-    monkeypatch.setattr(asyppo, "train_step", real)
+    def full_disk(state, path):
+        if code == 2 and state["rows"][-1]["step"] == step:
+            Path(path).write_bytes(b"half of")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyppo, "train_step", interrupted)
+        patch.setattr(torch, "save", full_disk)
+        assert asyppo.main(arguments(tiny, out, *LONGER)) == code
+    told = capsys.readouterr().err
+    assert all(part in told for part in said.split(" ... ")) and "Traceback" not in told
+    assert not list(out.glob("*.unfinished"))
     assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
 
 
 def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
     out = tmp_path / "run"
     assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4")) == 0
-    assert asyppo.main(["--resume", str(out)]) == 0
-    assert "had done its 4 steps; to go on, raise --steps" in capsys.readouterr().out
+    before = rows_of(out)
+    assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
     for flags, said in [(("--lr", "0.1", "--no-whiten"), "leave out lr, whiten"),
                         (("--out", "elsewhere"), "leave out out")]:
         assert asyppo.main(["--resume", str(out), *flags]) == 2
         assert said in capsys.readouterr().err
-    before = rows_of(out)
-    assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "5e-6"]) == 0  # the run's own lr
-    assert rows_of(out) == rows_of(unstopped) and rows_of(out)[:5] == before
-    assert json.loads((out / "config.json").read_text())["steps"] == 8
-
-
-def test_a_crash_while_writing_leaves_the_old_checkpoint(tiny, unstopped, tmp_path, monkeypatch, capsys):
-    out, real = tmp_path / "run", torch.save
-
-    def full_disk(state, path):
-        if len(state["rows"]) > 4:  # the checkpoint of step 6; that of step 3 went well
-            Path(path).write_bytes(b"half of")
-            raise OSError(28, "No space left on device")
-        real(state, path)
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    assert asyppo.main(arguments(tiny, out, *LONGER)) == 2
-    told = capsys.readouterr().err
-    assert "the checkpoint of step 6" in told and "No space left" in told and "Traceback" not in told
-    assert not list(out.glob("*.unfinished"))
-    monkeypatch.setattr(torch, "save", real)
-    assert asyppo.main(["--resume", str(out)]) == 0
-    assert same_result(out, unstopped)
+    assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "1e-3"]) == 0  # the run's own lr
+    assert same_result(out, unstopped) and rows_of(out)[:5] == before
 
 
 @pytest.mark.parametrize("harm, said", [
     (lambda path, other: path.write_bytes(path.read_bytes()[:-100]), "is damaged, or not of this run's models"),
-    (lambda path, other: path.write_bytes(b""), "is damaged"),
     (lambda path, other: shutil.copy(other, path), "is damaged, or not of this run's models"),
     (lambda path, other: torch.save({"rows": [object()]}, path), "is damaged"),  # pickled code is never run
-    (lambda path, other: (path.parent / "config.json").write_text("{"), "does not hold a run's flags"),
     (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags"),
 ])
-def test_a_damaged_or_foreign_checkpoint_is_one_line(tiny, unstopped, tmp_path, capsys, harm, said):
-    out, other = tmp_path / "run", tmp_path / "other"
+def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, capsys, harm, said):
+    out, other = tmp_path / "run", run_of("naive")[0]
     shutil.copytree(unstopped, out)
-    assert asyppo.main(arguments(tiny, other, "--algo", "naive", "--steps", "1", "--critic-warmup", "0")) == 0
     harm(out / "checkpoint.pt", other / "checkpoint.pt")
     capsys.readouterr()
     metrics = (out / "metrics.jsonl").read_text()
@@ -1510,106 +1293,59 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(tiny, unstopped, tmp_path, 
     assert (out / "metrics.jsonl").read_text() == metrics
 
 
-# -------------------------------------------------------------------------------------------------------- torchrun
+# -------------------------------------------------------------------------------------------------- 9 Command line
+
+def test_presets_are_nothing_but_defaults():
+    for algo, preset in asyppo.PRESETS.items():
+        config = asyppo.parse(["--algo", algo])
+        assert all(getattr(config, key) == value for key, value in preset.items())
+        assert config.out == f"runs/{algo}-0"
+        with_model = asyppo.parse(["--algo", algo, "--model", "x"])
+        assert all(getattr(with_model, key) == value for key, value in (asyppo.MODEL_DEFAULTS | preset).items())
+        assert with_model.out == f"runs/x-{algo}-0"
+    draws = [asyppo.seeded(seed, step).initial_seed() for seed in (0, 1, 2**31, 2**32 - 1) for step in range(1000)]
+    assert len(set(draws)) == 4000 and max(draws) < 2**32, "all that a generator on the CPU takes"
+    for steps, warmup in (("3", 1), ("50", 4)):
+        assert asyppo.parse(["--critic-warmup", "4", "--steps", steps]).critic_warmup == warmup
+    config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
+    assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
 
 
-def torchrun(count, *command):
-    port = str(20000 + os.getpid() % 20000 + count)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-                           "--master-port", port, *map(str, command)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("flags, said", [
+    ("--mask-k 1.1", "mask_k must be from 0 to 1, not 1.1"), ("--gamma nan", "gamma must be from 0 to 1, not nan"),
+    ("--group-size 1", "group_size must be from 2"), ("--group-size 2 --critics 3", "group_size 2 is too small"),
+    ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "--critic-model"),
+    ("--model Qwen-nosuch", "--model Qwen/Qwen-nosuch: OSError"), ("--out /dev/null/run", "Not a directory"),
+    ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
+    (f"--task {HERE}/toy_task.py --level 9", "there is no level '9'"),
+    ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
+    ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags"),
+])
+def test_bad_flags_are_one_line(fails, flags, said):
+    fails(said, *flags.split())
 
 
-def test_processes_sample_with_their_own_generators_and_draw_all_else_alike(tiny, monkeypatch):
-    learner, draws = learner_of(tiny), []
-    for rank in range(3):
-        monkeypatch.setattr(asyppo, "rank_and_size", lambda: (rank, 3))
-        draws.append([torch.rand(1, generator=g).item() for step in (1, 2) for g in asyppo.generators(learner, step)])
-    sampling = [x for draw in draws for x in draw[::2]]
-    assert len(set(sampling)) == 6 and draws[0][1::2] == draws[1][1::2] == draws[2][1::2]
+def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "\u043f"],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path),
+                               "PYTHONIOENCODING": "cp1252"})  # a terminal that cannot show the path
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B: OSError")
+    assert not (tmp_path / "\u043f/config.json").exists() and "u043f" in done.stdout, "the directory is free"
 
 
-def test_every_process_needs_a_held_out_problem(tiny, monkeypatch):
-    class Task(FirstTokenTask):
-        @staticmethod
-        def problems(split, seed):
-            return FirstTokenTask.problems(split, seed).select(range(4 if split == "train" else 2))
-
-    monkeypatch.setattr(asyppo, "rank_and_size", lambda: (0, 3))
-    with pytest.raises(asyppo.UserError, match="'test'.*2 rows, but 3 are needed"):
-        learner_of(tiny, Task)
-
-
-def test_a_rank_in_the_environment_is_nothing_without_torchrun(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # some clusters set it for every job
-    assert asyppo.main(arguments(tiny, tmp_path / "run", "--steps", "1")) == 0
-
-
-RANKS = """
-import sys, torch, asyppo, test_asyppo
-folder, tiny = sys.argv[1:]
-if "RANK" in asyppo.os.environ:
-    asyppo.dist.init_process_group("gloo")
-rank, size = asyppo.rank_and_size()
-real = asyppo.generate
-def greedy(*a, **k):  # the same answers on any number of processes: no draw depends on which rows are sampled together
-    torch.multinomial, kept = (lambda p, n, generator: p.argmax(-1, keepdim=True)), torch.multinomial
-    batch = real(*a, **k)
-    torch.multinomial = kept
-    return batch
-asyppo.generate = greedy
-found = {}
-for algo in ("asyppo", "grpo", "ppo"):
-    learner = test_asyppo.learner_of(test_asyppo.Path(tiny), micro_batch_tokens=60, mask_by="random",
-                                     **asyppo.PRESETS[algo] | {"critic_model": str(tiny) + "/critic"})
-    rows = []
-    for step in (1, 2, 3):
-        batch, passes = asyppo.train_step(learner, step)
-        rows.append(asyppo.measure(learner, batch, passes))
-    found[algo] = {"rows": rows, "weights": [test_asyppo.weights(m) for m in (learner.actor, *learner.critics)]}
-torch.save(found, f"{folder}/{size}-{rank}.pt")
-if size > 1:
-    asyppo.dist.destroy_process_group()
-"""
-
-
-def test_processes_share_the_work_and_not_the_algorithm(tiny, tmp_path, monkeypatch):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    one = subprocess.run([sys.executable, tmp_path / "ranks.py", tmp_path, tiny], capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
-    for count in (2, 4):
-        many = torchrun(count, tmp_path / "ranks.py", tmp_path, tiny)
-        assert many.returncode == 0, many.stderr
-        alone, *ranks = [torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
-                         for size, rank in [(1, 0), *((count, r) for r in range(count))]]
-        for algo, other in ((algo, rank[algo]) for algo in alone for rank in ranks):
-            for a, b, first in zip(other["weights"], alone[algo]["weights"], ranks[0][algo]["weights"]):
-                assert torch.equal(a, first), "ranks drift apart"
-                assert torch.allclose(a, b, atol=1e-5)
-            for row, wanted in zip(other["rows"], alone[algo]["rows"]):
-                assert {k: v for k, v in row.items() if v is not None} == pytest.approx(
-                    {k: v for k, v in wanted.items() if v is not None}, abs=1e-5, nan_ok=True)
-
-
-def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(tiny, tmp_path):
-    out = tmp_path / "run"
-    (tmp_path / "dying.py").write_text(f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport asyppo\n"
-                                       "real = asyppo.train_step\ndef dying(learner, step, *rest):\n"
-                                       "    if step == 5 and os.environ['RANK'] == '1':\n        os._exit(1)\n"
-                                       "    return real(learner, step, *rest)\n"
-                                       "asyppo.train_step = dying\nsys.exit(asyppo.main())\n")
-    done = torchrun(2, tmp_path / "dying.py", *arguments(tiny, out, *LONGER))
-    assert done.returncode != 0 and [row["step"] for row in rows_of(out)][:5] == [0, 1, 2, 3, 4]
-    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == 4, "the one of step 3 stands"
-    assert asyppo.main(["--resume", str(out)]) == 0, "on one process"
-    assert [row["step"] for row in rows_of(out)] == list(range(9))
-    done = torchrun(2, HERE / "asyppo.py", *arguments(tiny, out))
-    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, "told once"
+def test_out_of_memory_and_divergence_say_what_to_change(fails, monkeypatch):
+    for error, said in ((torch.OutOfMemoryError("CUDA out of memory"), "Lower --sample-batch if it came while"),
+                        (RuntimeError("The total norm for gradients is non-finite"), "lower --lr or --critic-lr")):
+        monkeypatch.setattr(asyppo, "update_actor", unittest.mock.Mock(side_effect=error))
+        fails(said, "--critic-warmup", "0")
+    monkeypatch.setenv("ASYPPO_TRACEBACK", "1")  # for whoever debugs
+    with pytest.raises(RuntimeError, match="The total norm"):
+        fails(said, "--critic-warmup", "0")
 
 
 # ---------------------------------------------------------------------------------------------------- The toy task
-
 
 def test_problems_are_right_disjoint_and_different(monkeypatch):
     monkeypatch.setattr(toy_task, "SIZES", {"train": 512, "test": 64})
@@ -1672,13 +1408,6 @@ def test_what_the_models_have_read():
     assert 40 < broken < 90 and 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
 
 
-def test_the_tokenizer_comes_back(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny / "actor")
-    ids = tokenizer("7+5 3*4 =").input_ids
-    assert len(ids) == 3 and tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == "7+5 3*4 ="
-    assert tokenizer("2 2<end>").input_ids[-1] == tokenizer.eos_token_id
-
-
 def test_the_toy_starts_where_actor_has_room_and_critics_see():
     learner = asyppo.make_learner(asyppo.Config(), toy_task)
     assert 0.08 < asyppo.evaluate(learner) < 0.3
@@ -1715,7 +1444,6 @@ def test_the_repository_brings_the_models_of_the_experiment():
 
 
 # --------------------------------------------------------------------------------------------------- The experiment
-
 
 def test_the_oracle_by_brute_force(monkeypatch, tiny):
     """Sheets of four: the chance of passing is summed over all ways in which the rest can go."""
@@ -1831,13 +1559,6 @@ def test_a_stopped_experiment_keeps_what_is_done_and_goes_on(short_experiment, m
     assert toy_task.load_results(out / "results.json") == before
 
 
-def test_a_file_that_holds_no_results_is_left_alone(tmp_path):
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError):
-        toy_task.main(["--quick", "--out", str(tmp_path)])
-    assert (tmp_path / "results.json").read_text() == "{"
-
-
 def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
     for name in ("critic_values", "update_critic"):
         monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
@@ -1849,109 +1570,81 @@ def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- README
 
-README = (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 COMMANDS = sorted({line.split("#")[0].strip() for kind, text in FENCES if kind == "bash" for line in text.splitlines()
-                   if re.match(r"python (asyppo|toy_task|figures/cost)\.py", line)})
+                   if re.match(r"python (asyppo|toy_task|figures/\w+)\.py", line)})
 
 
-@pytest.fixture(scope="module")
-def small_llm(tmp_path_factory):
-    """Reads any text, and chats."""
-    folder = tmp_path_factory.mktemp("small_llm")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
-                         num_attention_heads=2, bos_token_id=None, eos_token_id=3, max_position_embeddings=1024)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    byte_tokenizer(template=CHATML).save_pretrained(folder)
-    return folder
+def load_dataset(name, *rest, real=datasets.load_dataset, **flags):
+    """Instead of openai/gsm8k, which the tests cannot reach, two rows of it."""
+    return real(name, *rest, **flags) if name != "openai/gsm8k" else datasets.Dataset.from_dict({
+        "question": ["Ann has 2 boxes of 617. How many?", "One and one?"] * 8,
+        "answer": ["2 * 617 = <<2*617=1234>>1234\n#### 1,234", "1 + 1 = 2\n#### 2"] * 8})
 
 
-real_load_dataset = datasets.load_dataset
+@pytest.fixture()
+def as_reader(tmp_path, monkeypatch, run_of):
+    """A directory with the files that the README has its reader write, a run, and a model that chats."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for kind, text in FENCES:
+        if kind == "python" and (name := re.match(r"# (\w+\.py)\n", text)):
+            Path(name[1]).write_text(text)
+    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2020-01-02"}\n' * 8)
+    shutil.copytree(run_of("asyppo")[0], "runs/asyppo-0")
+    random_model("llama", vocabulary=272).save_pretrained("llm")
+    byte_tokenizer(template=CHATML).save_pretrained("llm")
 
 
-def load_gsm8k(name, *rest, **flags):
-    """Two rows of openai/gsm8k, which the tests cannot reach; any other data set is loaded."""
-    if name != "openai/gsm8k":
-        return real_load_dataset(name, *rest, **flags)
-    assert rest == ("main",) and flags["split"] in ("train", "test")
-    return datasets.Dataset.from_dict({"question": ["Ann has 2 boxes of 617. How many?", "One and one?"] * 8,
-                                       "answer": ["2 * 617 = <<2*617=1234>>1234\n#### 1,234", "1 + 1 = 2\n#### 2"] * 8})
-
-
-def test_readme_gsm8k_task(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
-    task = {}
-    exec(next(text for kind, text in FENCES if text.startswith("# gsm8k.py")), task)
-    row = next(row for row in task["problems"]("train", 0) if "Ann" in row["question"])
+def test_readme_tasks(as_reader):
+    mine = asyppo.load_task("my_task.py")
+    assert mine.reward("on 2020-01-02", mine.problems("train", 0)[0]) == 1, "what looks like a date is text"
+    task = asyppo.load_task("gsm8k.py")
+    row = next(row for row in task.problems("train", 0) if "Ann" in row["question"])
     assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
     for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0),
                             ("1234", 0), ("", 0)]:
-        assert task["reward"](response, row) == value
+        assert task.reward(response, row) == value
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_commands_as_typed_but_short(command, tiny, small_llm, tmp_path, monkeypatch, capsys):
-    """Every python command of the README, with its own flags, cut down in length."""
-    monkeypatch.chdir(tmp_path)
-    for kind, text in FENCES:  # the files that the README tells the reader to write
-        name = re.match(r"# (\w+\.py)\n", text)
-        if kind == "python" and name:
-            Path(name[1]).write_text(text)
-    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2"}\n' * 8)
+def test_readme_commands_as_typed_but_short(command, as_reader, monkeypatch, capsys):
     script, *flags = shlex.split(command)[1:]
     short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16"
-    short = short.split()
     if "--model" in flags:
-        flags[flags.index("--model") + 1] = str(small_llm)
-    if script == "toy_task.py" and "--with-oracle" not in flags:  # what it runs is tested above
+        flags[flags.index("--model") + 1] = "llm"
+    if script == "toy_task.py":  # what it runs is tested above
         monkeypatch.setattr(toy_task, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
         assert toy_task.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
-    elif script == "figures/cost.py":
-        if "--gpu-check" not in flags:
-            done = subprocess.run([sys.executable, HERE / script, *flags, *short, "--repeats", "1"],
-                                  capture_output=True, text=True)
-            assert done.returncode == 0 and re.search(r"\| ppo \|( [\d.]+ \|){4}", done.stdout), done.stderr
+    elif script.startswith("figures/"):
+        monkeypatch.setattr(sys, "argv", [script, *flags, *short.split(), "--repeats", "1"])
+        runpy.run_path(HERE / script, run_name="__main__")
+        assert re.search(r"\| ppo \|( [\d.]+ \|){4}", capsys.readouterr().out)
     elif "--resume" in flags:
-        assert asyppo.main(arguments(tiny, flags[flags.index("--resume") + 1])) == 0
-        assert asyppo.main(flags) == 0
+        assert asyppo.main(flags + ["--steps", "4"] * ("--steps" in flags)) == 0, capsys.readouterr().err
     else:
-        monkeypatch.setattr(datasets, "load_dataset", load_gsm8k)
-        for name in ("critic_values", "update_critic"):
-            monkeypatch.setattr(asyppo, name, getattr(asyppo, name))
-        main = toy_task.main if script == "toy_task.py" else asyppo.main
-        assert main(flags + short) == 0, capsys.readouterr().err
+        assert asyppo.main(flags + ["--out", "runs/short", *short.split()]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [text for kind, text in FENCES if kind == "python"])
-def test_readme_python_runs(code, tiny, small_llm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2"}\n' * 8)
-    (tmp_path / "runs").mkdir()
-    if "runs/asyppo-0" in code:
-        assert asyppo.main(arguments(tiny, "runs/asyppo-0")) == 0
-    if "runs/smollm2" in code:
-        assert asyppo.main(f"--model {small_llm} --level 1 --steps 1 --prompts-per-step 2 --group-size 2 "
-                           "--eval-problems 2 --max-new-tokens 4 --out runs/smollm2".split()) == 0
+def test_readme_python_runs(code, as_reader):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_readme_knows_only_flags_that_exist():
     known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
-    source = inspect.getsource(toy_task.main) + (HERE / "figures/cost.py").read_text()
-    known |= {"--no-whiten", "--help", "--nproc-per-node", "--nnodes", "--rdzv-endpoint",
-              *re.findall(r'add_argument\("(--[\w-]+)"', source)}
+    known |= {"--help", "--nproc-per-node", *re.findall(r"(?<=add_argument..)--[\w-]+", inspect.getsource(toy_task))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
 
 
-def test_readme_and_results_say_what_was_measured():
+def test_results_are_complete_and_reported():
     results = toy_task.load_results(HERE / "figures/results.json")
     for name in toy_task.RUNS:
         assert set(map(str, toy_task.SEEDS)) <= set(results.get(name, {})), f"{name} is missing seeds"
     for seed in map(str, toy_task.SEEDS):  # the same models, but for a token that rounding on another machine changed
         starts = [by_seed[seed]["curve"][0][1] for by_seed in results.values() if seed in by_seed]
         assert max(starts) - min(starts) < 0.005, f"seed {seed} has runs of different models"
-    assert toy_task.report(results, toy_task.SEEDS) in (HERE / "figures/RESULTS.md").read_text()
-    own = {name: {seed: x for seed, x in by_seed.items() if int(seed) in toy_task.SEEDS}
-           for name, by_seed in results.items()}
-    assert toy_task.gates(own).partition("\n\n")[0] in README
+    reported = (HERE / "figures/RESULTS.md").read_text(encoding="utf-8")
+    assert toy_task.report(results) in reported
+    assert all(number in reported for number in re.findall(r"[+-]\d\.\d+ ± \d\.\d+", README)), "README is older"
