@@ -701,13 +701,13 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
 
 
 def test_tokens_that_a_model_forbids_are_never_sampled_and_give_no_nan():
-    model, forbidden = random_model(), torch.tensor([11, 12])
+    model, forbidden = random_model(), torch.tensor([0, 12])
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY).index_fill(0, forbidden, -math.inf))
     batch = sampled(model)
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
     (logprobs + entropy).sum().backward()
     assert not torch.isin(batch.tokens[:, batch.prompt_width:], forbidden).any()
-    assert torch.allclose(entropy, batch.entropy, atol=1e-4)
+    assert torch.allclose(entropy, batch.entropy, atol=1e-4) and asyppo.check_model(model) is None
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -1059,6 +1059,8 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
     learner = learner_of(tiny, model=str(tmp_path))
     rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
     assert asyppo.train_step(learner, 1)[0].tokens.max() < rows == learner.actor.config.vocab_size
+    with unittest.mock.patch.object(asyppo, "end_ids", lambda *_: [rows]), pytest.raises(asyppo.UserError, match="no answ"):
+        learner_of(tiny, model=str(tmp_path))
     shutil.copytree(tiny / "critic", tmp_path / "critic")
     save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
               tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
@@ -1100,17 +1102,16 @@ def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
 
 
 def test_tasks_that_work(tiny, tmp_path, monkeypatch):
-    """A helper beside the file, a level that is a number, data in torch's format, bytes as prompts, numpy's numbers and
-    a tensor from look(), another working directory (at import and later)."""
+    """A helper beside it, a level, torch's format, bytes, odd numbers from look(), other working directories."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "models")
     Path("helper_of_task.py").write_text("RIGHT = '1'\n")
     Path("task.py").write_text("import os, numpy, torch\nfrom datasets import Dataset\n"
                                "from helper_of_task import RIGHT\nos.chdir('/usr')\n"
                                "def problems(split, seed, level=0):\n    assert level == '2'\n    os.chdir('/')\n"
-                               "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8}).with_format('torch')\n"
-                               "def reward(response, example):\n    return response[:1] == RIGHT\n"
-                               "def look(*_):\n    return {'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
+                               "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8, 'x': [[1]] * 8}).with_format('torch')\n"
+                               "def reward(response, row):\n    return row['x'].pop() and response[:1] == RIGHT\n"
+                               "def look(*_):\n    return {'step': 9, 'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
     more = "--task task.py --level 2 --model models/actor --critic-model models/critic"
     assert asyppo.main(arguments(tiny, "run", *more.split())) == 0
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
@@ -1202,7 +1203,7 @@ def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
     out.mkdir()
     with FileLock(out / "lock"), monkeypatch.context() as patch:
         patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
-        fails("another process is at work in", out=out)
+        fails("is another process at work in it?", out=out)
     monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
     assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
@@ -1314,7 +1315,7 @@ def test_presets_are_nothing_but_defaults():
 @pytest.mark.parametrize("flags, said", [
     ("--mask-k 1.1", "mask_k must be from 0 to 1, not 1.1"), ("--gamma nan", "gamma must be from 0 to 1, not nan"),
     ("--group-size 1", "group_size must be from 2"), ("--group-size 2 --critics 3", "group_size 2 is too small"),
-    ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "--critic-model"),
+    ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "it has only 2 layers, not 9"),
     ("--model Qwen-nosuch", "--model Qwen/Qwen-nosuch: OSError"), ("--out /dev/null/run", "Not a directory"),
     ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
     (f"--task {HERE}/toy_task.py --level 9", "there is no level '9'"),
