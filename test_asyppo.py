@@ -393,7 +393,8 @@ def test_pasted_alone_each_function_needs_nothing_but_torch(call):
 
 def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
     learner, asked = learner_of(tiny), []
-    learner.reward = lambda response, example: asked.append((response, example["prompt"])) or len(asked) / 10
+    learner.reward = asyppo.checked(lambda response, example: asked.append(  # each call has a row of its own
+        (response, example.pop("prompt"))) or len(asked) / 10)
     first, second = (asyppo.train_step(learner, step)[0] for step in (1, 2))
     assert first.problem.tolist() != second.problem.tolist(), "every iteration draws other prompts"
     assert len(first.mask.sum(1).unique()) > 3, "answers of different lengths, or this shows little"
@@ -419,7 +420,11 @@ def test_each_critic_learns_from_its_own_shard(tiny, spy):
 
     spy("update_critic", started)
     spy("critic_loss", lambda values, returns, mask: trained[len(shards) - 1].extend(returns.sum(1).tolist()))
+    parts = []
+    spy("microbatches", lambda batch, _: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
     batch, _ = asyppo.train_step(learner, 1)
+    assert len(parts) == 8 and parts[0] | parts[1] == parts[2] | parts[3], "two minibatches in every epoch"
+    assert parts[0] != parts[2] and parts[4] != parts[6], "every epoch deals them anew"
     assert sorted(shards[0] + shards[1]) == list(range(16)), "no answer to two of them"
     assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
     for m in (0, 1):  # the returns it was given are those of its own answers, each critic_epochs times
@@ -457,7 +462,7 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
 def test_values_targets_and_advantages(tiny, changes):
     learner = learner_of(tiny, **changes)
     before, config = copy.deepcopy(learner.critics), learner.config
-    batch, _ = asyppo.train_step(learner, 1)
+    batch, passes = asyppo.train_step(learner, 1)
     mask = batch.mask
     with torch.no_grad():
         old, new = (torch.stack([critic(batch) * mask for critic in x]) for x in (before, learner.critics))
@@ -469,12 +474,16 @@ def test_values_targets_and_advantages(tiny, changes):
                           (batch.values, new), (batch.v_bar, v_bar), (batch.sigma, new.std(0, unbiased=False)),  # after
                           (batch.advantages, asyppo.whiten(advantages, mask) if config.whiten else advantages)]:
         assert torch.allclose(found, wanted, atol=1e-4)
+    left = mask.flip(1).cumsum(1).flip(1) - 1  # tokens that follow
+    outcome = batch.rewards.sum(1, keepdim=True) * config.gamma ** left
+    assert asyppo.measure(learner, batch, passes)["explained_variance"] == pytest.approx(
+        asyppo.explained_variance(predicted, outcome, mask), abs=1e-4)
     assert changes or torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
 
 
 def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
     shares = dict(mask_k=0.3, filter_h=0.4)
-    learner = learner_of(tiny, filter_by="entropy", **shares)
+    learner = learner_of(tiny, filter_by="entropy", clip=1e-4, **shares)
     batch, passes = asyppo.train_step(learner, 1)
     assert torch.equal(batch.adv_keep, asyppo.advantage_mask(batch.sigma, batch.mask, 0.3))
     assert torch.equal(batch.ent_keep, asyppo.entropy_filter(batch.entropy, batch.mask, 0.4))
@@ -482,6 +491,7 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
     assert [metrics["masked_share"], metrics["filtered_share"]] == pytest.approx(
         [int(0.3 * tokens) / tokens, int(0.4 * tokens) / tokens], abs=1e-6)
     assert [metrics["kl"], metrics["first_kl"]] == [passes[-1]["kl"], passes[0]["kl"]] and len(passes) == 4
+    assert metrics["clip_fraction"] == passes[-1]["clip_fraction"] > 0.8, "so narrow a clip meets nearly every token"
     assert metrics["explained_variance"] == pytest.approx(asyppo.explained_variance(  # before they saw the batch
         batch.predicted, batch.rewards.sum(1, keepdim=True) * batch.mask, batch.mask))
     shares |= dict(mask_by="random", filter_by="random")
@@ -537,11 +547,14 @@ def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
         _, passes = asyppo.train_step(learner_of(tiny, **changes), 1)
         assert passes[0]["ratio_error"] < 1e-4 and passes[0]["kl"] < 1e-9
     assert passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
+    small, whole = (asyppo.train_step(learner_of(tiny, micro_batch_tokens=n), 1)[1][-1] for n in (60, 10**6))
+    assert small["kl"] == pytest.approx(whole["kl"], rel=1e-3), "a mean over tokens, however they are cut"
 
 
 def test_grpo_gives_every_token_its_answers_advantage(tiny):
-    learner = learner_of(tiny, critics=0)
+    learner = learner_of(tiny, critics=0, critic_warmup=1)
     batch, passes = asyppo.train_step(learner, 1)
+    assert len(passes) == 4, "without critics there is nothing to warm up"
     expected = asyppo.group_advantages(batch.rewards.sum(1), 4)
     assert torch.allclose(batch.advantages, expected[:, None] * batch.mask) and torch.equal(batch.adv_keep, batch.mask)
     metrics = asyppo.measure(learner, batch, passes)
@@ -610,6 +623,7 @@ def test_critics_start_alike_but_for_their_heads(tiny):
     base = AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
     assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.5
+    assert not torch.equal(first.head.weight, learner_of(tiny, seed=1).critics[0].head.weight), "another seed"
     a, b = learner_of(tiny, critic_scratch=True, seed=3).critics
     assert torch.equal(weights(a.backbone), weights(b.backbone)) and not torch.equal(a.head.weight, b.head.weight)
     assert not torch.equal(weights(a.backbone), weights(base))
@@ -698,6 +712,9 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
         seen |= {int(answers[row, length - 1])} & set(ENDS)
     assert seen == set(ENDS), "both end ids should have ended an answer here"
     assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
+    batch = sampled(random_model(), max_new_tokens=1)  # with an end token as the last that is allowed: not cut off
+    assert batch.truncated.tolist() == [token not in ENDS for token in batch.tokens[:, -1].tolist()]
+    assert 0 < batch.truncated.sum() < 12
 
 
 def test_tokens_that_a_model_forbids_are_never_sampled_and_give_no_nan():
@@ -706,7 +723,7 @@ def test_tokens_that_a_model_forbids_are_never_sampled_and_give_no_nan():
     batch = sampled(model)
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
     (logprobs + entropy).sum().backward()
-    assert not torch.isin(batch.tokens[:, batch.prompt_width:], forbidden).any()
+    assert not torch.isin(batch.tokens[:, batch.prompt_width:][batch.mask.bool()], forbidden).any()
     assert torch.allclose(entropy, batch.entropy, atol=1e-4) and asyppo.check_model(model) is None
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -949,6 +966,10 @@ def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
     ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, llama, [1]
     batch = asyppo.Batch(torch.tensor([ids]), *[torch.ones(1, len(ids) - 9)] * 5, torch.tensor([[9, len(ids) - 9]]))
     assert asyppo.answer_texts(learner, batch) == ["    return e"] and not llama.decode(ids[9:]).startswith("    ")
+    learner.tokenizer = Tokenizer(BPE({"1": 0, "}": 1, "\n": 2, "}\n": 3}, merges=[("}", "\n")]))
+    learner.tokenizer.decoder, learner.end_ids = decoders.Fuse(), [2, 3]
+    batch = asyppo.Batch(torch.tensor([[0, 0, 3]]), *[torch.ones(1, 2)] * 5, torch.tensor([[1, 2]]))
+    assert asyppo.answer_texts(learner, batch) == ["1}"], "what an end token says before the line break is kept"
     learner.tokenizer = toy_task.make_tokenizer()  # its unknown token is its end token, as OPT's is: no fault
     learner.tokenizer.unk_token = learner.tokenizer.bos_token = learner.tokenizer.eos_token
     assert asyppo.load_problems(learner, task_with([[1, 3, 4]]), "train", 1, "")[0][0] == [1, 3, 4]
@@ -1005,7 +1026,11 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, ho
     assert ("expect to learn little" in told) == hopeless
 
 
-def test_a_model_that_is_used_in_another_way_is_refused():
+def test_a_model_that_is_used_in_another_way_is_refused(tiny, spy):
+    lengths = []
+    spy("check_prefixes", lambda backbone, length: lengths.append(length))
+    learner_of(tiny)
+    assert lengths == [13 + 10] * 2, "of actor and critic, to the end of the longest answer"
     for kind in KINDS:
         asyppo.check_model(random_model(kind))
         asyppo.check_prefixes(random_model(kind).base_model, 40)
@@ -1064,6 +1089,9 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
     shutil.copytree(tiny / "critic", tmp_path / "critic")
     save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
               tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
+    edit("config.json", max_position_embeddings=20)(tmp_path / "critic")
+    with pytest.raises(asyppo.UserError, match="exceed the models' context, 20"):
+        learner_of(tiny, critic_model=str(tmp_path / "critic"))
     capsys.readouterr()
     for path, layers, told in ((tmp_path, 0, 1), (tmp_path, 1, 1), (tiny, 0, 0), (tiny, 1, 0)):
         asyppo.load_critic(str(path / "critic"), layers)
@@ -1143,6 +1171,8 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
     assert asked[:20] == asked[20:], "the same answers from the same policy"
     held_out, train = ([row["prompt"] for _, row in x] for x in (learner.test_problems, learner.train_problems))
     assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
+    other = learner_of(tiny, seed=1)
+    assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1266,10 +1296,13 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped,
 
 def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
     out = tmp_path / "run"
-    assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4")) == 0
+    assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4", "--checkpoint-every", "0")) == 0
+    assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
-    for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out")]:
+    for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
+                        ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
+                         "leave out seed, max_new_tokens, temperature, critic_warmup")]:
         assert asyppo.main(["--resume", str(out), *flags.split()]) == 2
         assert said in capsys.readouterr().err
     assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "1e-3"]) == 0  # the run's own lr
@@ -1450,7 +1483,7 @@ def test_the_oracle_by_brute_force(monkeypatch, tiny):
     """Sheets of four: the chance of passing is summed over all ways in which the rest can go."""
     monkeypatch.setattr(toy_task, "SUMS", 4)
     monkeypatch.setattr(toy_task, "PASS", 3)
-    learner = learner_of(tiny, toy_task, level="symbols")
+    learner = learner_of(tiny, toy_task, level="symbols", temperature=0.5)
     batch, _ = asyppo.train_step(learner, 1)
     P, wanted = batch.prompt_width, toy_task.right_digits(learner, batch)
     digits = set(learner.tokenizer("0 1 2 3 4 5 6 7 8 9").input_ids)
@@ -1461,7 +1494,7 @@ def test_the_oracle_by_brute_force(monkeypatch, tiny):
     batch.tokens[7, P + 2] = 1  # the end token, too early
     found = toy_task.oracle_values(learner, batch)
     with torch.no_grad():
-        p = learner.actor(torch.cat([batch.tokens[:1, :P], wanted[:1]], 1)).logits[0, P - 1:].softmax(-1)
+        p = learner.actor(torch.cat([batch.tokens[:1, :P], wanted[:1]], 1)).logits[0, P - 1:].div(0.5).softmax(-1)
     chance = [float(p[t, wanted[0, t]]) for t in range(4)]
     for t in range(5):
         written = [int(batch.tokens[0, P + s]) == int(wanted[0, s]) for s in range(t)]
@@ -1524,7 +1557,7 @@ def short_experiment(tiny, tmp_path_factory):
         yield out, runs
 
 
-def test_the_experiment_ends_with_tables_and_pictures(short_experiment):
+def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path):
     out, runs = short_experiment
     text = (out / "RESULTS.md").read_text()
     assert "AsyPPO ends above GRPO" in text and "undecided" in text and "| grpo | --model" in text
@@ -1537,10 +1570,19 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment):
     accuracy = [row["eval_accuracy"] for row in rows_of(out / "runs/asyppo-1") if row["eval_accuracy"] is not None]
     assert numbers["final"] == pytest.approx(sum(accuracy[-2:]) / 2)
     assert numbers["area"] == pytest.approx(sum(accuracy) / 5)
+    rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": 1.0}) for i, x in enumerate((0.1, 0.9, 0.4, 0.7))]
+    shutil.copy(out / "runs/asyppo-1/last_batch.safetensors", tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    assert toy_task.numbers_of(tmp_path)["fall"] == pytest.approx(0.5), "below the best that came before"
     batch = load_file(out / "runs/asyppo-1/last_batch.safetensors")
     apart = (batch["values"][0] - batch["values"][1])[batch["mask"].bool()].tolist()
     assert numbers["offset"] == pytest.approx(
         statistics.mean(apart) ** 2 / statistics.mean(x * x for x in apart), abs=1e-5)
+    valid = batch["mask"].bool()
+    sigma, entropy = ({i: x for i, x in enumerate(batch[name][valid].tolist())} for name in ("sigma", "entropy"))
+    agreed = sorted(sigma, key=sigma.get)[:len(sigma) // 5]
+    calm = set(sorted(entropy, key=entropy.get)[:len(entropy) // 2])
+    assert numbers["low_entropy"] == pytest.approx(len(calm & set(agreed)) / len(agreed))
     claimed = {word.partition(":")[2] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
     assert claimed <= set(numbers) and not list(out.glob("**/model.safetensors"))
 
