@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 import types
-import unittest.mock
 from pathlib import Path
+from unittest import mock
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this small are faster with one thread
 
@@ -80,8 +80,7 @@ class FirstTokenTask:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A tiny random actor, a tinier critic base, both with the toy's tokenizer, and FirstTokenTask as a task file."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = toy_task.make_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("tiny"), toy_task.make_tokenizer()
     for name, width in (("actor", 32), ("critic", 16)):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(toy_task.make_config(tokenizer, width, 2, 2))
@@ -109,8 +108,7 @@ def arguments(tiny, out, *more):
 
 
 def rows_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (out / "metrics.jsonl").open()]
 
 
 def weights(model):
@@ -119,14 +117,12 @@ def weights(model):
 
 LLAMA = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
              max_position_embeddings=1024)
-KINDS = {
-    "qwen3": (Qwen3Config, LLAMA | dict(num_key_value_heads=1, head_dim=8)), "llama": (LlamaConfig, LLAMA),
-    "gpt2": (GPT2Config, dict(n_embd=16, n_layer=2, n_head=2, n_positions=1024)),  # learned positions
-    "opt": (OPTConfig, LLAMA | dict(ffn_dim=32, word_embed_proj_dim=16)),  # again, shifted
-    "gpt_neox": (GPTNeoXConfig, LLAMA),
-    "gemma3": (Gemma3TextConfig, LLAMA | dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=1,
-                                              sliding_window=4)),
-}
+KINDS = {"qwen3": (Qwen3Config, LLAMA | dict(num_key_value_heads=1, head_dim=8)), "llama": (LlamaConfig, LLAMA),
+         "gpt2": (GPT2Config, dict(n_embd=16, n_layer=2, n_head=2, n_positions=1024)),  # learned positions
+         "opt": (OPTConfig, LLAMA | dict(ffn_dim=32, word_embed_proj_dim=16)),  # again, shifted
+         "gpt_neox": (GPTNeoXConfig, LLAMA),
+         "gemma3": (Gemma3TextConfig, LLAMA | dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=1,
+                                                   sliding_window=4))}
 
 
 def random_model(kind="qwen3", vocabulary=VOCABULARY):
@@ -178,8 +174,7 @@ def test_shards_are_disjoint_even_and_see_every_prompt(prompts, group, critics):
 def test_shards_are_random_and_follow_the_generator():
     draws = [asyppo.assign_shards(8, 8, 2, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    rows = torch.tensor(draws[0]).view(8, 8)
-    assert len(rows.unique(dim=0)) > 4, "every prompt is dealt out anew"
+    assert len(torch.tensor(draws[0]).view(8, 8).unique(dim=0)) > 4, "every prompt is dealt out anew"
     with pytest.raises(ValueError, match="3 answers per prompt cannot be divided among 4 critics"):
         asyppo.assign_shards(2, 3, 4)
 
@@ -199,42 +194,36 @@ def test_gae_is_the_double_sum(gamma, lam):
 
 
 def test_gae_passes_over_holes_and_left_padding():
-    _, generator = ragged()
-    rewards, values = randn(1, 4, generator=generator), randn(1, 4, generator=generator)
+    rewards, values = randn(2, 1, 4, generator=ragged()[1])
     dense, _ = asyppo.gae(rewards, values, torch.ones(1, 4), 0.9, 0.7)
-    mask = torch.tensor([[0.0, 1, 0, 1, 1, 0, 1, 0]])
-    where = mask.bool()
+    where = torch.tensor([[0, 1, 0, 1, 1, 0, 1, 0]]).bool()
     spread = [torch.full((1, 8), float("nan"), dtype=torch.float64).masked_scatter(where, x) for x in (rewards, values)]
-    holed, _ = asyppo.gae(*spread, mask, 0.9, 0.7)
+    holed, _ = asyppo.gae(*spread, where.float(), 0.9, 0.7)
     assert torch.allclose(holed[where], dense[0]) and (holed[~where] == 0).all()
 
 
 def test_whiten():
     mask, generator = ragged()
     x = 5 + 3 * randn(6, 9, generator=generator)
-    white = asyppo.whiten(with_nan_padding(x, mask), mask)
-    valid = x[mask.bool()].tolist()
+    white, valid = asyppo.whiten(with_nan_padding(x, mask), mask), x[mask.bool()].tolist()
     mean, std = statistics.fmean(valid), statistics.pstdev(valid)
     assert white[mask.bool()].tolist() == pytest.approx([(v - mean) / std for v in valid], abs=1e-6)
     assert (white[mask == 0] == 0).all()
     assert (asyppo.whiten(torch.full((1, 7), 0.7), torch.ones(1, 7)) == 0).all(), "rounding is not a deviation"
-    one = torch.tensor([[1.0, 0.0]])
-    assert asyppo.whiten(torch.tensor([[7.0, float("nan")]]), one).tolist() == [[0, 0]], "one token, no NaN"
+    assert asyppo.whiten(torch.tensor([[7, math.nan]]), torch.eye(1, 2)).tolist() == [[0, 0]], "one token, no NaN"
     assert asyppo.whiten(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [[0, 0]], "no token, no NaN"
 
 
 def test_group_advantages():
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.float64)
-    found = asyppo.group_advantages(rewards, 4)
-    std = math.sqrt(0.25 * 0.75)
+    found, std = asyppo.group_advantages(rewards, 4), math.sqrt(0.25 * 0.75)
     assert found.tolist() == pytest.approx([0.75 / std] + [-0.25 / std] * 3 + [0.0] * 8, abs=1e-5)
     assert (asyppo.group_advantages(torch.full((7,), 100.1), 7) == 0).all(), "rounding is not a difference"
     assert asyppo.group_advantages(torch.tensor([1.0, 0.0]), 1).tolist() == [0, 0], "groups of one, no NaN"
 
 
 def test_disagreement_is_the_population_std():
-    _, generator = ragged()
-    values = randn(3, 2, 4, generator=generator)
+    values = randn(3, 2, 4, generator=ragged()[1])
     sigma = asyppo.disagreement(values)
     for b, t in itertools.product(range(2), range(4)):
         assert float(sigma[b, t]) == pytest.approx(statistics.pstdev(values[:, b, t].tolist()))
@@ -323,8 +312,7 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
         loss.backward()
         assert loss.item() == pytest.approx(clean.item()) and all(leaf.grad.isfinite().all() for leaf in leaves)
         assert all(math.isfinite(float(v)) for v in stats.values())
-    infinite = inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, float("inf"))
-    filtered = {**inputs, "entropy": infinite.requires_grad_()}
+    filtered = inputs | {"entropy": inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, math.inf).requires_grad_()}
     loss = asyppo.policy_loss(**filtered)[0]
     loss.backward()
     assert loss.item() == pytest.approx(clean.item()) and filtered["entropy"].grad.isfinite().all()
@@ -340,8 +328,7 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
 
 def test_statistics_of_the_policy_loss():
     inputs = loss_inputs()
-    first = {**inputs, "old_logprobs": inputs["logprobs"]}
-    assert all(float(value) == 0 for value in asyppo.policy_loss(**first)[1].values())
+    assert all(float(x) == 0 for x in asyppo.policy_loss(**inputs | {"old_logprobs": inputs["logprobs"]})[1].values())
     stats = asyppo.policy_loss(**inputs)[1]
     log_ratio = (inputs["logprobs"] - inputs["old_logprobs"])[inputs["mask"].bool()].tolist()
     changes = [abs(math.exp(x) - 1) for x in log_ratio]
@@ -373,8 +360,7 @@ def test_half_precision_masks_count_right_and_half_precision_values_add_up_right
     for dtype in (torch.bfloat16, torch.bool, torch.long):
         kept = [asyppo.policy_loss(x, x, x, x, m, mask, mask, 0.2, 0.1)[0] for m in (mask, mask.to(dtype))]
         assert torch.allclose(*kept)
-    values = torch.rand(1, 2000).bfloat16()
-    rewards = torch.zeros(1, 2000)
+    values, rewards = torch.rand(1, 2000).bfloat16(), torch.zeros(1, 2000)
     rewards[0, -1] = 1
     assert torch.allclose(asyppo.gae(rewards, values, torch.ones(1, 2000), 1.0, 1.0)[1], torch.ones(1, 2000), atol=1e-3)
 
@@ -403,8 +389,7 @@ def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
         before = first.tokens[b, :first.prompt_width][first.attention[b, :first.prompt_width].bool()]
         assert (before.tolist(), prompt) == (learner.train_problems[i][0], learner.train_problems[i][1]["prompt"])
         length = int(first.mask[b].sum())
-        expected = [0.0] * first.mask.shape[1]
-        expected[length - 1] = (b + 1) / 10
+        expected = [0.0] * (length - 1) + [(b + 1) / 10] + [0.0] * (first.mask.shape[1] - length)
         assert first.rewards[b].tolist() == pytest.approx(expected), "on the last token, the end token if there is one"
         tokens = first.tokens[b, first.prompt_width:first.prompt_width + length].tolist()
         tokens = tokens[:-1] if tokens[-1] in learner.end_ids else tokens
@@ -417,7 +402,6 @@ def test_each_critic_learns_from_its_own_shard(tiny, spy):
     def started(learner, m, batch, shard, generator):
         shards.append(shard.tolist())
         states.append(generator.get_state())
-
     spy("update_critic", started)
     spy("critic_loss", lambda values, returns, mask: trained[len(shards) - 1].extend(returns.sum(1).tolist()))
     parts = []
@@ -441,8 +425,7 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
     spy("update_critic", lambda l, m, batch, shard, generator: shards.append(shard))
     spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
     actor, *critics = copy.deepcopy([learner.actor, *learner.critics])
-    batch, _ = asyppo.train_step(learner, 1)
-    wanted = []
+    (batch, _), wanted = asyppo.train_step(learner, 1), []
     for critic, shard in zip(critics, shards):
         part = batch.rows(shard)
         values = critic(part)
@@ -450,9 +433,8 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
                     for b, row in enumerate(shard.tolist()) for n in [int(part.mask[b].sum())])
         wanted.append(torch.autograd.grad(error / part.mask.sum(), list(critic.parameters())))
     logprobs, entropy = asyppo.logprobs_and_entropy(actor, batch, 1.0)
-    wanted.append(torch.autograd.grad(loss_by_hand(dict(
-        logprobs=logprobs, old_logprobs=batch.logprobs, advantages=batch.advantages, entropy=entropy, mask=batch.mask,
-        adv_keep=batch.adv_keep, ent_keep=batch.ent_keep, clip=0.2, beta=0.1)), list(actor.parameters())))
+    wanted.append(torch.autograd.grad(loss_by_hand(vars(batch) | dict(
+        logprobs=logprobs, old_logprobs=batch.logprobs, entropy=entropy, clip=0.2, beta=0.1)), [*actor.parameters()]))
     for gradients, expected in zip(found, wanted, strict=True):
         assert max(float(g.abs().max()) for g in expected) > 1e-3
         assert all(torch.allclose(g, e, atol=1e-5) for g, e in zip(gradients, expected))
@@ -619,16 +601,13 @@ def test_value_belongs_to_the_state_before_its_token(kind):
 
 
 def test_critics_start_alike_but_for_their_heads(tiny):
-    first, second = learner_of(tiny).critics
-    base = AutoModel.from_pretrained(tiny / "critic")
+    (first, second), base = learner_of(tiny).critics, AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
     assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.5
     assert not torch.equal(first.head.weight, learner_of(tiny, seed=1).critics[0].head.weight), "another seed"
-    a, b = learner_of(tiny, critic_scratch=True, seed=3).critics
+    (a, b), (c, _) = (learner_of(tiny, critic_scratch=True, seed=seed).critics for seed in (3, 1))
     assert torch.equal(weights(a.backbone), weights(b.backbone)) and not torch.equal(a.head.weight, b.head.weight)
-    assert not torch.equal(weights(a.backbone), weights(base))
-    other = learner_of(tiny, critic_scratch=True, seed=1).critics[0]
-    assert not torch.equal(weights(a.backbone), weights(other.backbone))
+    assert not any(torch.equal(weights(a.backbone), weights(other)) for other in (base, c.backbone))
 
 
 def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
@@ -689,8 +668,7 @@ def test_what_is_sampled_is_what_is_scored_alone_without_padding_or_cache(kind, 
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
     assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
     for row in range(len(batch.tokens)):
-        ids = batch.tokens[row][batch.attention[row].bool()]
-        length = int(batch.mask[row].sum())
+        ids, length = batch.tokens[row][batch.attention[row].bool()], int(batch.mask[row].sum())
         logp = (model(input_ids=ids[None]).logits[0].double() / temperature).log_softmax(-1)
         for t in range(length):
             place = len(ids) - length + t
@@ -700,9 +678,8 @@ def test_what_is_sampled_is_what_is_scored_alone_without_padding_or_cache(kind, 
 
 def test_masks_come_from_lengths_and_hold_the_end_token():
     batch = sampled(random_model(), max_new_tokens=10)
-    answers = batch.tokens[:, batch.prompt_width:]
+    answers, seen = batch.tokens[:, batch.prompt_width:], set()
     assert batch.truncated.any() and not batch.truncated.all()
-    seen = set()
     for row in range(len(answers)):
         length = int(batch.mask[row].sum())
         assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
@@ -743,8 +720,7 @@ def test_an_answer_does_not_depend_on_how_many_are_sampled_at_once():
     batch, parts = (sampled(model, prompts, at_once=at_once) for at_once in (256, 4))
     assert torch.equal(batch.tokens, parts.tokens) and torch.equal(batch.mask, parts.mask)
     assert torch.equal(batch.truncated, parts.truncated) and 0 < batch.truncated.sum() < 9
-    assert torch.allclose(batch.logprobs, parts.logprobs, atol=1e-5)
-    assert torch.allclose(batch.entropy, parts.entropy, atol=1e-5)
+    assert all(torch.allclose(getattr(batch, x), getattr(parts, x), atol=1e-5) for x in ("logprobs", "entropy"))
     assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
     assert len({tuple(row) for row in batch.tokens.tolist()}) == 9, "each has random numbers of its own"
 
@@ -772,7 +748,6 @@ def test_bodies_and_cache_are_bf16_and_heads_float32(monkeypatch):
         if use_cache:
             seen.extend(x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
         return output
-
     model.base_model.forward = forward
     sampled(model)
     assert set(seen) == {torch.float32}
@@ -878,18 +853,16 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 def byte_tokenizer(begin=False, template=None):
     """A token a byte, and one for a blank line; `begin`: it puts <s> before every text."""
+    special, newline = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], "\u010a"  # byte-level tokenizers' sign for it
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    newline = "\u010a"  # a byte-level tokenizer's sign for it
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet, newline * 2])}
-    tokenizer = Tokenizer(BPE(vocabulary, merges=[(newline, newline)]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
+    bytewise = Tokenizer(BPE(vocabulary, merges=[(newline, newline)]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens(special)
     if begin:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                   chat_template=template)
+        bytewise.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", chat_template=template)
 
 
 CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "1+2?"}]
@@ -903,13 +876,11 @@ BEGUN = [*CHAT, {"role": "assistant", "content": "1+2="}]
     (True, CHATML, "<s><|im_start|>user\n1+1?"),  # only the tokenizer would
     (False, "<s>" + CHATML, "<s><|im_start|>user\n1+1?"),  # only the template
     (True, None, "<s>1+1?\n2\n\n1+2?\n"),  # no template: worked examples as plain text
-    (False, None, "1+1?\n2\n\n1+2?\n"),
-])
+    (False, None, "1+1?\n2\n\n1+2?\n")])
 def test_a_chat_as_the_model_sees_it(begin, template, shown):
     tokenizer = byte_tokenizer(begin, template)
     ids = asyppo.encode(tokenizer, CHAT)
-    assert tokenizer.decode(ids).startswith(shown)
-    assert ids.count(tokenizer.bos_token_id) == shown.count("<s>") <= 1
+    assert tokenizer.decode(ids).startswith(shown) and ids.count(tokenizer.bos_token_id) == shown.count("<s>") <= 1
     assert tokenizer.decode(asyppo.encode(tokenizer, "1+1?")) == ("<s>" if begin else "") + "1+1?"
     in_parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in CHAT]
     assert asyppo.encode(tokenizer, in_parts) == ids and asyppo.encode(tokenizer, ids) == ids
@@ -945,9 +916,15 @@ def task_with(prompts):
     return types.SimpleNamespace(problems=lambda split, seed: datasets.Dataset.from_dict({"prompt": prompts}))
 
 
+def texts_of(learner, ids, width):
+    """answer_texts of a batch of one, whose answer follows `width` tokens of prompt."""
+    length = len(ids) - width
+    return asyppo.answer_texts(learner, asyppo.Batch(
+        torch.tensor([ids]), *[torch.ones(1, length)] * 5, torch.tensor([[width, length]])))
+
+
 def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
-    learner = learner_of(tiny)
-    breaks = set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
+    learner, breaks = learner_of(tiny), set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
     for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
         model.get_input_embeddings().num_embeddings = 1000
     for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
@@ -956,20 +933,15 @@ def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
         asyppo.load_problems(learner, task_with([prompt]), "train", 1, "")
         assert set(learner.end_ids) == ends
     learner.end_ids = [1, *breaks]
-    for text, shown in (("12\n", "12"), ("12", "12")):
-        ids = byte_tokenizer()(text).input_ids
-        batch = asyppo.Batch(torch.tensor([[0, *ids]]), torch.ones(1, len(ids) + 1), torch.ones(1, len(ids)),
-                             *torch.zeros(3, 1, len(ids)), torch.tensor([[1, len(ids)]]))
-        assert asyppo.answer_texts(learner, batch) == [shown]
+    for text in ("12\n", "12"):
+        assert texts_of(learner, [0, *byte_tokenizer()(text).input_ids], 1) == ["12"]
     llama = Tokenizer(BPE({c: i for i, c in enumerate("?!_def():retun\n")}, merges=[]))  # its decoder strips a space
     llama.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, llama, [1]
-    batch = asyppo.Batch(torch.tensor([ids]), *[torch.ones(1, len(ids) - 9)] * 5, torch.tensor([[9, len(ids) - 9]]))
-    assert asyppo.answer_texts(learner, batch) == ["    return e"] and not llama.decode(ids[9:]).startswith("    ")
+    assert texts_of(learner, ids, 9) == ["    return e"] and not llama.decode(ids[9:]).startswith("    ")
     learner.tokenizer = Tokenizer(BPE({"1": 0, "}": 1, "\n": 2, "}\n": 3}, merges=[("}", "\n")]))
     learner.tokenizer.decoder, learner.end_ids = decoders.Fuse(), [2, 3]
-    batch = asyppo.Batch(torch.tensor([[0, 0, 3]]), *[torch.ones(1, 2)] * 5, torch.tensor([[1, 2]]))
-    assert asyppo.answer_texts(learner, batch) == ["1}"], "what an end token says before the line break is kept"
+    assert texts_of(learner, [0, 0, 3], 1) == ["1}"], "what an end token says before the line break is kept"
     learner.tokenizer = toy_task.make_tokenizer()  # its unknown token is its end token, as OPT's is: no fault
     learner.tokenizer.unk_token = learner.tokenizer.bos_token = learner.tokenizer.eos_token
     assert asyppo.load_problems(learner, task_with([[1, 3, 4]]), "train", 1, "")[0][0] == [1, 3, 4]
@@ -1017,7 +989,6 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, ho
     def reward(response, example):
         graded.append(asked[-1])
         return float(graded.count(asked[-1]) <= right[len(asked) - 1])
-
     task = types.SimpleNamespace(problems=problems, reward=reward, choose_level=toy_task.choose_level)
     assert learner_of(tiny, task).config.level == levels[best]
     assert asked == [*levels[:len(right)], levels[best], levels[best]], "it stops after two hopeless levels in a row"
@@ -1067,8 +1038,7 @@ def edit(name, **changes):
         f, num_labels=2)).save_pretrained(f), "size mismatch for weight"),  # a reward model has one
     ("--critic-model", lambda f: AutoModel.from_config(transformers.Gemma3TextConfig(**LLAMA | dict(
         vocab_size=316, head_dim=8, num_key_value_heads=1, use_bidirectional_attention=True))).save_pretrained(f),
-     "it reads ahead"),
-])
+     "it reads ahead")])
 def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
     shutil.copytree(tiny / ("critic" if flag == "--critic-model" else "actor"), tmp_path / "model")
     change(tmp_path / "model")
@@ -1084,7 +1054,7 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
     learner = learner_of(tiny, model=str(tmp_path))
     rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
     assert asyppo.train_step(learner, 1)[0].tokens.max() < rows == learner.actor.config.vocab_size
-    with unittest.mock.patch.object(asyppo, "end_ids", lambda *_: [rows]), pytest.raises(asyppo.UserError, match="no answ"):
+    with mock.patch.object(asyppo, "end_ids", lambda *_: [rows]), pytest.raises(asyppo.UserError, match="no answ"):
         learner_of(tiny, model=str(tmp_path))
     shutil.copytree(tiny / "critic", tmp_path / "critic")
     save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
@@ -1098,32 +1068,29 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
         assert capsys.readouterr().out.count("v_head.summary.weight") == told
 
 
-def task_file(problems="Dataset.from_dict({'prompt': [[3, 4]] * 8})", reward="0.0"):
+def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
+    problems = problems or f"Dataset.from_dict({{'prompt': {prompts}}})"
     return (f"from datasets import Dataset\ndef problems(split, seed):\n    return {problems}\n"
             f"def reward(response, example):\n    return {reward}\n")
-
-
-def prompts(rows):
-    return task_file(f"Dataset.from_dict({{'prompt': {rows}}})")
 
 
 @pytest.mark.parametrize("text, said", [
     ("this is no python", "SyntaxError"), ("problems = None", "task.py: AttributeError ... 'reward'"),
     ("def reward(response, example):\n    return 0.0\n", "task.py: AttributeError ... 'problems'"),
-    (task_file("['1+1=']"), "must return a datasets.Dataset"),
-    (task_file("Dataset.from_dict({'question': ['1'] * 8})"), "'prompt'"),
-    (task_file("open('no/such/file')"), "FileNotFoundError"), (prompts("[[3]] * 3"), "3 rows, but 4 are needed"),
-    (prompts("['1', ''] * 4"), "of row 1"), (prompts("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
-    (prompts("[[3], [99999]] * 4"), "of row 1"), (prompts("[[3], [-1]] * 4"), "of row 1"),
-    (prompts("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
+    (task_file(problems="['1+1=']"), "must return a datasets.Dataset"),
+    (task_file(problems="Dataset.from_dict({'question': ['1'] * 8})"), "'prompt'"),
+    (task_file(problems="open('no/such/file')"), "FileNotFoundError"),
+    (task_file("[[3]] * 3"), "3 rows, but 4 are needed"), (task_file("['1', ''] * 4"), "of row 1"),
+    (task_file("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
+    (task_file("[[3], [99999]] * 4"), "of row 1"), (task_file("[[3], [-1]] * 4"), "of row 1"),
+    (task_file("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
     (task_file(reward="float('nan')"), "it returned nan, not a finite number"),
     (task_file(reward="1e16"), "it returned 1e+16"), (task_file(reward="1 / 0"), "ZeroDivisionError"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
     ("class Timeout(BaseException): pass\ndef late():\n    raise Timeout('slow')\n" + task_file(reward="late()"),
      "reward() failed for {'prompt': [3, 4]}: Timeout: slow"),
-    (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError"),
-])
+    (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError")])
 def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
     (tmp_path / "task.py").write_text(text)
     fails(said, "--task", str(tmp_path / "task.py"))
@@ -1134,12 +1101,12 @@ def test_tasks_that_work(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "models")
     Path("helper_of_task.py").write_text("RIGHT = '1'\n")
-    Path("task.py").write_text("import os, numpy, torch\nfrom datasets import Dataset\n"
-                               "from helper_of_task import RIGHT\nos.chdir('/usr')\n"
-                               "def problems(split, seed, level=0):\n    assert level == '2'\n    os.chdir('/')\n"
-                               "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8, 'x': [[1]] * 8}).with_format('torch')\n"
-                               "def reward(response, row):\n    return row['x'].pop() and response[:1] == RIGHT\n"
-                               "def look(*_):\n    return {'step': 9, 'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
+    Path("task.py").write_text(
+        "import os, numpy, torch\nfrom datasets import Dataset\nfrom helper_of_task import RIGHT\nos.chdir('/usr')\n"
+        "def problems(split, seed, level=0):\n    assert level == '2'\n    os.chdir('/')\n"
+        "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8, 'x': [[1]] * 8}).with_format('torch')\n"
+        "def reward(response, row):\n    return row['x'].pop() and response[:1] == RIGHT\n"
+        "def look(*_):\n    return {'step': 9, 'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
     more = "--task task.py --level 2 --model models/actor --critic-model models/critic"
     assert asyppo.main(arguments(tiny, "run", *more.split())) == 0
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "4"]) == 0
@@ -1151,7 +1118,7 @@ def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_c
     for word in ("3+4", "5*6"):
         path = tmp_path / f"{len(seen)}.py"
         path.write_text(f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n" + task_file(
-            "Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
+            problems="Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
             "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})"))
         seen.append(learner_of(tiny, asyppo.load_task(str(path))).train_problems)
     assert [problems[0][1]["prompt"] for problems in seen] == ["3+4 =", "5*6 ="]
@@ -1254,14 +1221,13 @@ def same_result(out, unstopped):
 
 
 def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
-    """kill -9 after step 5, between two checkpoints."""
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)],
-                               stderr=subprocess.DEVNULL)
+    command = [sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < 6:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
-    process.kill()
+    process.kill()  # after step 5, between two checkpoints
     process.wait()
     assert not (out / "actor").exists(), "it had come to its end"
     assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
@@ -1283,7 +1249,6 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped,
             Path(path).write_bytes(b"half of")
             raise OSError(28, "No space left on device")
         save(state, path)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyppo, "train_step", interrupted)
         patch.setattr(torch, "save", full_disk)
@@ -1303,8 +1268,7 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
                         ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
                          "leave out seed, max_new_tokens, temperature, critic_warmup")]:
-        assert asyppo.main(["--resume", str(out), *flags.split()]) == 2
-        assert said in capsys.readouterr().err
+        assert asyppo.main(["--resume", str(out), *flags.split()]) == 2 and said in capsys.readouterr().err
     assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "1e-3"]) == 0  # the run's own lr
     assert same_result(out, unstopped) and rows_of(out)[:5] == before
 
@@ -1313,8 +1277,7 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     (lambda path, other: path.write_bytes(path.read_bytes()[:-100]), "is damaged, or not of this run's models"),
     (lambda path, other: shutil.copy(other, path), "is damaged, or not of this run's models"),
     (lambda path, other: torch.save({"rows": [object()]}, path), "is damaged"),  # pickled code is never run
-    (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags"),
-])
+    (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags")])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, capsys, harm, said):
     out, other = tmp_path / "run", run_of("naive")[0]
     shutil.copytree(unstopped, out)
@@ -1323,20 +1286,17 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path
     metrics = (out / "metrics.jsonl").read_text()
     assert asyppo.main(["--resume", str(out), "--steps", "9"]) == 2
     told = capsys.readouterr().err
-    assert said in told and told.count("\n") == 1
-    assert (out / "metrics.jsonl").read_text() == metrics
+    assert said in told and told.count("\n") == 1 and (out / "metrics.jsonl").read_text() == metrics
 
 
 # -------------------------------------------------------------------------------------------------- 9 Command line
 
 def test_presets_are_nothing_but_defaults():
     for algo, preset in asyppo.PRESETS.items():
-        config = asyppo.parse(["--algo", algo])
-        assert all(getattr(config, key) == value for key, value in preset.items())
-        assert config.out == f"runs/{algo}-0"
-        with_model = asyppo.parse(["--algo", algo, "--model", "x"])
-        assert all(getattr(with_model, key) == value for key, value in (asyppo.MODEL_DEFAULTS | preset).items())
-        assert with_model.out == f"runs/x-{algo}-0"
+        for more, defaults, out in (([], {}, ""), (["--model", "x"], asyppo.MODEL_DEFAULTS, "x-")):
+            config = asyppo.parse(["--algo", algo, *more])
+            assert all(getattr(config, key) == value for key, value in (defaults | preset).items())
+            assert config.out == f"runs/{out}{algo}-0"
     draws = [asyppo.seeded(seed, step).initial_seed() for seed in (0, 1, 2**31, 2**32 - 1) for step in range(1000)]
     assert len(set(draws)) == 4000 and max(draws) < 2**32, "all that a generator on the CPU takes"
     for steps, warmup in (("3", 1), ("50", 4)):
@@ -1353,17 +1313,15 @@ def test_presets_are_nothing_but_defaults():
     ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
     (f"--task {HERE}/toy_task.py --level 9", "there is no level '9'"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
-    ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags"),
-])
+    ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags")])
 def test_bad_flags_are_one_line(fails, flags, said):
     fails(said, *flags.split())
 
 
 def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
+    terminal = {"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path), "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, str(HERE / "asyppo.py"), "--model", "Qwen3-0.6B", "--out", "\u043f"],
-                          cwd=tmp_path, capture_output=True, text=True,
-                          env={"HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path),
-                               "PYTHONIOENCODING": "cp1252"})  # a terminal that cannot show the path
+                          cwd=tmp_path, capture_output=True, text=True, env=terminal)  # it cannot show the path
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert done.stderr.startswith("asyppo: --model Qwen/Qwen3-0.6B: OSError")
     assert not (tmp_path / "\u043f/config.json").exists() and "u043f" in done.stdout, "the directory is free"
@@ -1372,7 +1330,7 @@ def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
 def test_out_of_memory_and_divergence_say_what_to_change(fails, monkeypatch):
     for error, said in ((torch.OutOfMemoryError("CUDA out of memory"), "Lower --sample-batch if it came while"),
                         (RuntimeError("The total norm for gradients is non-finite"), "lower --lr or --critic-lr")):
-        monkeypatch.setattr(asyppo, "update_actor", unittest.mock.Mock(side_effect=error))
+        monkeypatch.setattr(asyppo, "update_actor", mock.Mock(side_effect=error))
         fails(said, "--critic-warmup", "0")
     monkeypatch.setenv("ASYPPO_TRACEBACK", "1")  # for whoever debugs
     with pytest.raises(RuntimeError, match="The total norm"):
@@ -1408,9 +1366,8 @@ def test_problems_are_right_disjoint_and_different(monkeypatch):
 
 def test_reward_is_strict():
     row = {"level": "symbols", "answer": "2 2 3 4 5 6 7 8 9 0 1 2"}
-    for response, value in [("2 2 3 4 5 6 7 8 9 0 1 2", 1), ("2 2 3 4 5 6 7 8 9 0 0 0", 1),
-                            ("2 2 3 4 5 6 7 8 9 9 0 0", 0),
-                            ("2 2 3 4 5 6 7 8 9 0", 0), ("2 2 3 4 5 6 7 8 9 0 1 2 3", 0), ("", 0)]:
+    for response, value in [("2 2 3 4 5 6 7 8 9 0 1 2", 1), ("2 2 3 4 5 6 7 8 9 0 0 0", 1), ("2 2 3 4 5 6 7 8 9 0", 0),
+                            ("2 2 3 4 5 6 7 8 9 9 0 0", 0), ("2 2 3 4 5 6 7 8 9 0 1 2 3", 0), ("", 0)]:
         assert toy_task.reward(response, row) == value
     row = {"level": "3", "answer": "12 0 7 35"}
     for response, value in [(" 12, 4 - 4 = 0, 3 + 4 = 7, 5 * 7 = 35", 1), (" 12, 4 - 4 = 1, 3 + 4 = 7, 5 * 7 = 35", 1),
@@ -1447,8 +1404,7 @@ def test_the_toy_starts_where_actor_has_room_and_critics_see():
     assert 0.08 < asyppo.evaluate(learner) < 0.3
     actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
     assert critic < 0.35 * actor
-    batch, _ = asyppo.train_step(learner, 1)
-    assert toy_task.look(learner, batch)["sight"] > 1.5
+    assert toy_task.look(learner, asyppo.train_step(learner, 1)[0])["sight"] > 1.5
 
 
 def test_another_pretraining_is_another(tmp_path, monkeypatch):
@@ -1498,10 +1454,8 @@ def test_the_oracle_by_brute_force(monkeypatch, tiny):
     chance = [float(p[t, wanted[0, t]]) for t in range(4)]
     for t in range(5):
         written = [int(batch.tokens[0, P + s]) == int(wanted[0, s]) for s in range(t)]
-        total = 0.0
-        for rest in itertools.product([0, 1], repeat=4 - t):
-            if sum(written) + sum(rest) >= 3:
-                total += math.prod(c if r else 1 - c for c, r in zip(chance[t:], rest))
+        total = sum(math.prod(c if r else 1 - c for c, r in zip(chance[t:], rest))
+                    for rest in itertools.product([0, 1], repeat=4 - t) if sum(written) + sum(rest) >= 3)
         assert float(found[0, t]) == pytest.approx(total * float(p[4, 1]), abs=1e-5)
     assert found[7, 2] > 0 and found[7, 3] == found[7, 4] == 0, "an answer that ends early has failed"
 
@@ -1568,17 +1522,16 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     assert "group_size 4 is too small" in (out / "runs/early-1.log").read_text()
     numbers = results["asyppo"]["1"]
     accuracy = [row["eval_accuracy"] for row in rows_of(out / "runs/asyppo-1") if row["eval_accuracy"] is not None]
-    assert numbers["final"] == pytest.approx(sum(accuracy[-2:]) / 2)
-    assert numbers["area"] == pytest.approx(sum(accuracy) / 5)
+    assert [numbers["final"], numbers["area"]] == pytest.approx([sum(accuracy[-2:]) / 2, sum(accuracy) / 5])
     rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": 1.0}) for i, x in enumerate((0.1, 0.9, 0.4, 0.7))]
     shutil.copy(out / "runs/asyppo-1/last_batch.safetensors", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
     assert toy_task.numbers_of(tmp_path)["fall"] == pytest.approx(0.5), "below the best that came before"
     batch = load_file(out / "runs/asyppo-1/last_batch.safetensors")
-    apart = (batch["values"][0] - batch["values"][1])[batch["mask"].bool()].tolist()
-    assert numbers["offset"] == pytest.approx(
-        statistics.mean(apart) ** 2 / statistics.mean(x * x for x in apart), abs=1e-5)
     valid = batch["mask"].bool()
+    apart = (batch["values"][0] - batch["values"][1])[valid].tolist()
+    offset = statistics.mean(apart) ** 2 / statistics.mean(x * x for x in apart)
+    assert numbers["offset"] == pytest.approx(offset, abs=1e-5)
     sigma, entropy = ({i: x for i, x in enumerate(batch[name][valid].tolist())} for name in ("sigma", "entropy"))
     agreed = sorted(sigma, key=sigma.get)[:len(sigma) // 5]
     calm = set(sorted(entropy, key=entropy.get)[:len(entropy) // 2])
@@ -1591,9 +1544,8 @@ def test_a_stopped_experiment_keeps_what_is_done_and_goes_on(short_experiment, m
     """What is there is not run again; what is not there, or has other flags by now, is. SIGTERM ends the children."""
     out, runs = short_experiment
     monkeypatch.setitem(runs, "grpo", runs["grpo"] + " --utd 1")
-    started, before = [], toy_task.load_results(out / "results.json")
+    started, before, real = [], toy_task.load_results(out / "results.json"), subprocess.Popen
     monkeypatch.setattr(toy_task, "command_of", lambda name, *_: ({}, ["sleep", "60"]))
-    real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
     monkeypatch.setattr(toy_task.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -1605,8 +1557,7 @@ def test_a_stopped_experiment_keeps_what_is_done_and_goes_on(short_experiment, m
 def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
     for name in ("critic_values", "update_critic"):
         monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
-    flags = f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run"
-    assert toy_task.main(flags.split()) == 0
+    assert toy_task.main(f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run".split()) == 0
     row = rows_of(tmp_path / "run")[1]
     assert row["sight"] == row["oracle_sight"] > 0.5
 
