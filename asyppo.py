@@ -90,8 +90,8 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is the
-    paper's corrected advantage. (Corrected, we think, as the squared error of the critics' mean is at most the mean of
-    their squared errors.)
+    paper's corrected advantage. (We take it to mean: averaging critics cannot raise the squared error above their
+    average.)
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
@@ -146,7 +146,7 @@ def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
     Population standard deviation, so that one critic gives 0, not NaN; for two it is half the distance between them.
-    Only the ranking matters, and the sample standard deviation ranks alike."""
+    Part of it is no uncertainty: of each answer, one critic has just been trained on the ending, the others not."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -231,8 +231,8 @@ def critic_loss(values, returns, mask):
 
 def explained_variance(values, returns, mask):
     """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 1 perfect, 0 no better than a constant, below 0
-    worse than one. NaN where the returns do not vary. All [B, T]. (What is good depends on the task, as chance decides
-    the rest: on the toy's first batches the true values explain 0.58, its mini-critics 0.25.)"""
+    worse than one. NaN where the returns do not vary. All [B, T]. (Even true values explain less, as sampling is
+    random: 0.58 in the toy's first eight batches, where its mini-critics reach 0.25.)"""
     valid = mask.bool()
     if not valid.any() or returns[valid].min() == returns[valid].max():
         return float("nan")
@@ -298,8 +298,8 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     watch("rollout", batch)
 
     if critics:
-        # What the critics predict before they see this batch. explained_variance is measured on it, and if critic_lam
-        # < 1, their targets bootstrap from it: from the ensemble's value, not each critic's own. (The paper is silent.)
+        # What the critics predict before they learn from this batch: for explained_variance and, if critic_lam < 1, the
+        # ensemble's value from which all of their targets bootstrap. (The paper is silent.)
         batch.predicted = aggregate(critic_values(learner, batch), config.aggregate)
         _, batch.returns = gae(batch.rewards, batch.predicted, mask, config.gamma, config.critic_lam)
 
@@ -452,8 +452,8 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 # Stored in float32, everywhere: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02); the
 # logits (bf16 has 8 significant bits: a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks
-# values that hardly differ: rounded, they are mostly ties). Multiplied with fewer bits, on a GPU: bodies in bf16, heads
-# in TF32 (11 bits).
+# values that hardly differ: rounded, they are mostly ties). On a GPU, matrix products use fewer bits: bf16 in bodies,
+# TF32 (11 bits) in heads.
 
 
 def mixed_precision(device: torch.device):
@@ -567,8 +567,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
 
 def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
     """The answers as text, without the end token. They are decoded with their prompts, which are then cut off: alone,
-    an answer might lose a space that comes first. Of an end token like "}\n\n" (where a line break ends an answer, see
-    load_problems), what it says before the break is kept."""
+    an answer might lose a space that comes first. Where a line break ends an answer (see load_problems), an end token
+    may hold text before it, as in "}\n\n": that is kept."""
     texts, P = [], batch.prompt_width
     for row, (p, t) in zip(batch.tokens.tolist(), batch.sizes.tolist()):
         ended = row[P + t - 1] in learner.end_ids
@@ -649,8 +649,8 @@ class Config:
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is the plain Monte-Carlo return (critic_lam 1), which
     # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone
-    # keeps that knowledge, a larger one of the head follows the policy. With --model the heads are new, so in the first
-    # iterations only the critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics
+    # keeps that knowledge, a larger one lets the head follow the policy. With --model the heads are new, so at first
+    # only the critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics
     # cheap beside it, as the paper's 0.6B are beside 8B; whether it is enough, explained_variance shows.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "layers kept of the critics' base (0: all; of the actor, with --model, a quarter)")
@@ -683,8 +683,8 @@ class Config:
 
 # The four algorithms are one loop; a preset is other defaults for the flags above. The baselines are the plain ones,
 # without entropy bonus (--entropy-coef 0.01 adds it). The critic of ppo is the actor's checkpoint with a new head: on
-# the toy it knows nothing at first, unlike the mini-critics. With one critic sigma is 0, so masks would do nothing. It
-# gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two.
+# the toy it knows nothing at first, unlike the mini-critics. With one critic sigma is 0, so masks would do nothing. A
+# single critic gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 ONE = PLAIN | dict(critics=1, critic_batch=64, shared_embeddings=False)
 PRESETS = {"asyppo": {}, "ppo": ONE | dict(critic_model="actor"), "naive": ONE, "grpo": PLAIN | dict(critics=0)}
@@ -846,8 +846,8 @@ def check_model(model) -> None:
 
 @torch.no_grad()
 def check_prefixes(backbone, length: int) -> None:
-    """What a model computes at a token must not depend on later tokens, nor on their number: else a value has read what
-    it judges, and scores differ from samples. Compares a text of `length` tokens with its prefixes."""
+    """What a model computes at a token must not depend on later tokens, nor on how many there are: else V(s_t) knows
+    o_t, and scores differ from samples. Compares a text of `length` tokens with its prefixes."""
     tokens = torch.arange(length, device=backbone.device)[None] % backbone.get_input_embeddings().num_embeddings
     whole = backbone(input_ids=tokens, use_cache=False).last_hidden_state[0]
     limit = 1e-4 if backbone.device.type == "cpu" else 1e-2  # TF32 rounds
@@ -874,7 +874,7 @@ def end_ids(model, tokenizer) -> list[int]:
 
 def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models()
-    -> directories of an actor and a critics' base; choose_level(share), with problems(split, seed, level);
+    -> directories of an actor and a critics' base; choose_level(share_of), with problems(split, seed, level);
     look(learner, batch) -> metrics; draw(out), pictures."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
@@ -950,8 +950,8 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     digest, count = summed(seen.clone()).tolist()
     if digest != seen[0] * count:
         raise UserError(f"problems({split!r}) gives every process other rows (does it depend on the order of a set?)")
-    if isinstance(rows[0]["prompt"][0], dict) and not tokenizer.chat_template:  # plain text: the next line is the next
-        breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}  # problem
+    if isinstance(rows[0]["prompt"][0], dict) and not tokenizer.chat_template:  # else a new problem might follow
+        breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
         learner.end_ids = sorted({*learner.end_ids, *breaks})
     return problems
 
@@ -997,14 +997,14 @@ def make_learner(config: Config, task) -> Learner:
         print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
     learner = Learner(config, actor, critics, optimizers, tokenizer, end_ids(actor, tokenizer), checked(task.reward))
 
-    def share(level: str) -> tuple[float, float]:
+    def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
         problems = load_problems(learner, task, "train", 32, level)
         batch = sample_and_grade(learner, problems, range(32), seeded(config.seed, "levels"))
         return float(batch.rewards.sum(1).mean()), float(batch.truncated.float().mean())
 
     if config.level == "auto":
-        chosen = task.choose_level(share) if config.model and hasattr(task, "choose_level") else ""
+        chosen = task.choose_level(share_of) if config.model and hasattr(task, "choose_level") else ""
         config = learner.config = replace(config, level=chosen)
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
@@ -1094,7 +1094,7 @@ def train(config: Config, task) -> None:
         evaluating = step % config.eval_every == 0 or step == end
         batch, metrics = timed_step(learner, step, getattr(task, "look", None) if evaluating else None)
         # Before any update the ratio is 1 but for rounding, which grows with 1 / temperature: in float32 up to 1e-5. In
-        # bf16 it was off by 0.9 on the oddest token of SmolLM2's, though the KL was 4e-4: there, look at the KL.
+        # bf16 it was off by 0.9 on one rare token of SmolLM2, though the KL was 4e-4: there, look at the KL.
         key, limit = ("first_ratio_error", 1e-3) if learner.actor.device.type == "cpu" else ("first_kl", 1e-2)
         if metrics[key] is not None and not metrics[key] < limit / min(1, config.temperature):
             raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
