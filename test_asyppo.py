@@ -101,7 +101,6 @@ def learner_of(tiny, task=FirstTokenTask, **changes):
 
 
 def arguments(tiny, out, *more):
-    """The command line of a short run."""
     flags = dict(model=tiny / "actor", critic_model="actor" if "ppo" in more else tiny / "critic", steps=3,
                  task=tiny / "task.py", critic_warmup=1, eval_every=2, out=out, lr=1e-3, **SMALL)
     return [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + list(more)
@@ -137,7 +136,6 @@ def random_model(kind="qwen3", vocabulary=VOCABULARY):
 
 
 def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, at_once=256):
-    """A batch from prompts of different lengths."""
     prompts = prompts or [[3, 4, 5], [6], [2, 9, 9, 8, 4], [3, 3]] * 3
     return asyppo.generate(model, prompts, max_new_tokens, temperature, list(end_ids),
                            torch.Generator().manual_seed(0), at_once)
@@ -382,7 +380,7 @@ def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
     learner.reward = asyppo.checked(lambda response, example: asked.append(  # each call has a row of its own
         (response, example.pop("prompt"))) or len(asked) / 10)
     first, second = (asyppo.train_step(learner, step)[0] for step in (1, 2))
-    assert first.problem.tolist() != second.problem.tolist(), "every iteration draws other prompts"
+    assert set(first.problem.tolist()) != set(second.problem.tolist()), "every iteration draws other prompts"
     assert len(first.mask.sum(1).unique()) > 3, "answers of different lengths, or this shows little"
     assert len(first.problem.unique()) == 4 and (first.problem.view(4, 4) == first.problem[::4, None]).all()
     for b, (i, (response, prompt)) in enumerate(zip(first.problem.tolist(), asked)):
@@ -472,6 +470,9 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
     metrics, tokens = asyppo.measure(learner, batch, passes), int(batch.mask.sum())
     assert [metrics["masked_share"], metrics["filtered_share"]] == pytest.approx(
         [int(0.3 * tokens) / tokens, int(0.4 * tokens) / tokens], abs=1e-6)
+    assert [metrics[key] for key in ("entropy", "sigma_mean", "response_length", "truncated_share")] == pytest.approx([
+        *(float(x[batch.mask.bool()].mean()) for x in (batch.entropy, batch.sigma)), tokens / 16,
+        float(batch.truncated.sum()) / 16]), "padding does not count"
     assert [metrics["kl"], metrics["first_kl"]] == [passes[-1]["kl"], passes[0]["kl"]] and len(passes) == 4
     assert metrics["clip_fraction"] == passes[-1]["clip_fraction"] > 0.8, "so narrow a clip meets nearly every token"
     assert metrics["explained_variance"] == pytest.approx(asyppo.explained_variance(  # before they saw the batch
@@ -513,6 +514,8 @@ def test_optimizer_steps_and_learning_rates(tiny, spy):
         assert not torch.equal(weights(old.head), weights(new.head))
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in learner.optimizers]
     assert rates == [[1e-3], [0.0, 1e-2], [0.0, 1e-2]]
+    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
+               for optimizer in learner.optimizers for group in optimizer.param_groups)
 
 
 def test_warm_up_trains_critics_alone(tiny):
@@ -521,6 +524,9 @@ def test_warm_up_trains_critics_alone(tiny):
     batch, passes = asyppo.train_step(learner, 1)
     assert torch.equal(weights(learner.actor), before[0]) and not torch.equal(weights(learner.critics[0]), before[1])
     assert passes == [] and asyppo.measure(learner, batch, passes)["kl"] is None
+    with mock.patch.object(asyppo, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__)):
+        _, timed = asyppo.timed_step(learner, 1, lambda *_: {"look": asyppo.time.perf_counter()})
+    assert [timed[f"seconds_{phase}"] for phase in ("rollout", "critic", "actor")] == [1, 1, 1], "each its own"
     assert asyppo.train_step(learner, 2)[1] and not torch.equal(weights(learner.actor), before[0])
 
 
@@ -531,6 +537,8 @@ def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
     assert passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
     small, whole = (asyppo.train_step(learner_of(tiny, micro_batch_tokens=n), 1)[1][-1] for n in (60, 10**6))
     assert small["kl"] == pytest.approx(whole["kl"], rel=1e-3), "a mean over tokens, however they are cut"
+    assert [small[key] for key in ("ratio_error", "clip_fraction")] == pytest.approx(
+        [whole[key] for key in ("ratio_error", "clip_fraction")], rel=1e-2), "the worst of all parts; again a mean"
 
 
 def test_grpo_gives_every_token_its_answers_advantage(tiny):
@@ -603,7 +611,7 @@ def test_value_belongs_to_the_state_before_its_token(kind):
 def test_critics_start_alike_but_for_their_heads(tiny):
     (first, second), base = learner_of(tiny).critics, AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
-    assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.5
+    assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.25
     assert not torch.equal(first.head.weight, learner_of(tiny, seed=1).critics[0].head.weight), "another seed"
     (a, b), (c, _) = (learner_of(tiny, critic_scratch=True, seed=seed).critics for seed in (3, 1))
     assert torch.equal(weights(a.backbone), weights(b.backbone)) and not torch.equal(a.head.weight, b.head.weight)
@@ -623,16 +631,6 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
     assert asyppo.train_step(learner, 1)[1][0]["ratio_error"] < 1e-4
     with pytest.raises(ValueError, match="only 8 layers, not 9"):
         asyppo.load_critic(str(tmp_path), 9)
-
-
-def test_a_cut_critic_loads_again_where_kinds_of_layers_have_a_name_of_their_own(tmp_path):
-    transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(
-        vocab_size=20, hidden_size=16, num_layers=4, num_heads=2, max_position_embeddings=32,
-        attention_types=[[["global", "local"], 2]])).save_pretrained(tmp_path)
-    cut = asyppo.load_critic(str(tmp_path), 1).backbone
-    cut.save_pretrained(tmp_path / "cut")
-    again = asyppo.load_critic(str(tmp_path / "cut")).backbone
-    assert len(again.h) == 1 and torch.equal(weights(again), weights(cut))
 
 
 def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
@@ -776,7 +774,6 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
 # ----------------------------------------------------------------------------------------------- 6 Several processes
 
 def three_algorithms(tiny):
-    """Metrics of three iterations and the weights after them, for each algorithm."""
     found = {}
     for algo in ("asyppo", "grpo", "ppo"):
         learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
@@ -816,7 +813,6 @@ def two_processes(tiny, tmp_path_factory):
 
 
 def alike(found, wanted):
-    """Rows of metrics that differ by rounding alone."""
     return found == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
 
 
@@ -837,18 +833,20 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
 
 
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
-    learner = learner_of(tiny)
+    learner, digests = learner_of(tiny), []
     monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another digest
     with pytest.raises(asyppo.UserError, match="gives every process other rows"):
         asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
+    monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
+    counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
+    assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n"
-          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-          "{% endif %}{% endif %}")  # what Qwen3's comes down to
+          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
 
 
 def byte_tokenizer(begin=False, template=None):
@@ -979,7 +977,6 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
 
 @pytest.mark.parametrize("right, best, hopeless", [([32, 24, 16, 8, 1, 1], 2, False), ([32, 31, 1, 0], 2, True)])
 def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, hopeless):
-    """`right`: of 32 answers at each level."""
     levels, asked, graded = list(toy_task.LEVELS), [], []
 
     def problems(split, seed, level):
@@ -1140,6 +1137,8 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
     assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
     other = learner_of(tiny, seed=1)
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
+    other.test_problems, other.reward = learner.test_problems, learner.reward
+    assert asyppo.evaluate(other) == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1202,6 +1201,8 @@ def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
         patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
         fails("is another process at work in it?", out=out)
     monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
+    real = asyppo.make_learner  # by now the run has begun, and holds the lock
+    monkeypatch.setattr(asyppo, "make_learner", lambda *a: (fails("at work in it?", out=out), real(*a))[1])
     assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
 
@@ -1265,6 +1266,8 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
+    with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), check_model=id, evaluate=None):
+        assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
                         ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
                          "leave out seed, max_new_tokens, temperature, critic_warmup")]:
@@ -1404,7 +1407,9 @@ def test_the_toy_starts_where_actor_has_room_and_critics_see():
     assert 0.08 < asyppo.evaluate(learner) < 0.3
     actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
     assert critic < 0.35 * actor
-    assert toy_task.look(learner, asyppo.train_step(learner, 1)[0])["sight"] > 1.5
+    batch, _ = asyppo.train_step(learner, 1)
+    found = toy_task.look(learner, asyppo.replace(batch, predicted=toy_task.oracle_values(learner, batch)))
+    assert toy_task.look(learner, batch)["sight"] > 1.5 and found["sight"] == found["oracle_sight"], "before learning"
 
 
 def test_another_pretraining_is_another(tmp_path, monkeypatch):
@@ -1523,6 +1528,7 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     numbers = results["asyppo"]["1"]
     accuracy = [row["eval_accuracy"] for row in rows_of(out / "runs/asyppo-1") if row["eval_accuracy"] is not None]
     assert [numbers["final"], numbers["area"]] == pytest.approx([sum(accuracy[-2:]) / 2, sum(accuracy) / 5])
+    assert numbers["entropy"] == rows_of(out / "runs/asyppo-1")[-1]["entropy"]
     rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": 1.0}) for i, x in enumerate((0.1, 0.9, 0.4, 0.7))]
     shutil.copy(out / "runs/asyppo-1/last_batch.safetensors", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
