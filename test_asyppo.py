@@ -1501,6 +1501,18 @@ def test_every_run_is_a_valid_command():
             assert a == b or b == 4 * a
 
 
+def test_results_are_complete_and_reported():
+    results = toy_task.load_results(HERE / "figures/results.json")
+    for name in toy_task.RUNS:
+        assert set(map(str, toy_task.SEEDS)) <= set(results.get(name, {})), f"{name} is missing seeds"
+    for seed in map(str, toy_task.SEEDS):  # the same models, but for a token that rounding on another machine changed
+        starts = [by_seed[seed]["curve"][0][1] for by_seed in results.values() if seed in by_seed]
+        assert max(starts) - min(starts) < 0.005, f"seed {seed} has runs of different models"
+    reported = (HERE / "figures/RESULTS.md").read_text(encoding="utf-8")
+    assert toy_task.report(results) in reported
+    assert all(number in reported for number in re.findall(r"[+-]\d\.\d+ ± \d\.\d+", README)), "README is older"
+
+
 @pytest.fixture(scope="module")
 def short_experiment(tiny, tmp_path_factory):
     """Its quick runs, short and with untrained models, of which one fails."""
@@ -1636,15 +1648,3 @@ def test_readme_knows_only_flags_that_exist():
     known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
     known |= {"--help", "--nproc-per-node", *re.findall(r"(?<=add_argument..)--[\w-]+", inspect.getsource(toy_task))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
-
-
-def test_results_are_complete_and_reported():
-    results = toy_task.load_results(HERE / "figures/results.json")
-    for name in toy_task.RUNS:
-        assert set(map(str, toy_task.SEEDS)) <= set(results.get(name, {})), f"{name} is missing seeds"
-    for seed in map(str, toy_task.SEEDS):  # the same models, but for a token that rounding on another machine changed
-        starts = [by_seed[seed]["curve"][0][1] for by_seed in results.values() if seed in by_seed]
-        assert max(starts) - min(starts) < 0.005, f"seed {seed} has runs of different models"
-    reported = (HERE / "figures/RESULTS.md").read_text(encoding="utf-8")
-    assert toy_task.report(results) in reported
-    assert all(number in reported for number in re.findall(r"[+-]\d\.\d+ ± \d\.\d+", README)), "README is older"
