@@ -23,7 +23,7 @@ answers. One iteration (M critics, G answers per prompt), with the paper's reaso
     python asyppo.py --help                  every flag and its default (the reasons are in Config)
 
 This file, in reading order                                 The paper's symbols, and ours
-  1 Equations      plain functions of tensors: copy them     q, o         prompt, answer
+  1 Equations      plain functions of tensors: copy them      q, o         prompt, answer
   2 One iteration  train_step, then what it calls             o_t          tokens of the answer, one action each
   3 Mini-critics   a backbone and a scalar head               s_t=(q,o_<t) what is written *before* token t
   4 Rollouts       sampling, log-probabilities, entropy       V_m(s_t)     values [M, B, T]
@@ -238,9 +238,9 @@ def explained_variance(values, returns, mask):
         return float("nan")
     return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
 
+
 # =============================================================================================== 2 One iteration
 # my_share(x) and summed(x) are x itself, unless several GPUs divide the work among them (section 6): read past them.
-
 
 @dataclass
 class Batch:
