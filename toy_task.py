@@ -583,7 +583,7 @@ def claims_table(results: dict, seeds) -> str:
             middle = mean(found)  # and half of Student's 95 % interval of the mean of 8
             half = 2.365 * stdev(found) / math.sqrt(8) if len(found) == 8 else math.nan
             verdict = "reproduced" if middle - half > 0 else "opposite" if middle + half < 0 else "undecided"
-            rows.append([claim, says, f"{middle:+.3f} ± {half:.3f}", str(len(found)), verdict])
+            rows.append([claim, says, f"{middle:+.3f} ± {half:.3f}".removesuffix(" ± nan"), str(len(found)), verdict])
     return table(*rows)
 
 
