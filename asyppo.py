@@ -648,10 +648,10 @@ class Config:
     lam: float = option(0.9, "GAE's lambda for the actor's advantages (0.99 with --model)", high=1)
     whiten: bool = option(True, "bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)")
     # Critics. The paper is silent on their training. Their target is the plain Monte-Carlo return (critic_lam 1), which
-    # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone
-    # keeps that knowledge, a larger one lets the head follow the policy. With --model the heads are new, so at first
-    # only the critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics
-    # cheap beside it, as the paper's 0.6B are beside 8B; whether it is enough, explained_variance shows.
+    # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone keeps that
+    # knowledge, a larger one lets the head follow the policy. With --model the heads are new, so at first only the
+    # critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap beside it, as
+    # the paper's 0.6B are beside 8B; explained_variance shows whether it is enough. lr and critic_batch: tuned on the toy.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "layers kept of the critics' base (0: all; of the actor, with --model, a quarter)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
@@ -671,7 +671,7 @@ class Config:
     entropy_coef: float = option(0.01, "beta: weight of the entropy bonus (0: none)", high=100)
     filter_h: float = option(0.2, "h: share of tokens, highest signal first, that get no entropy bonus", high=1)
     filter_by: str = option("sigma", "signal of the entropy filter", choices=["sigma", "entropy", "random"])
-    # Evaluation, checkpoints, and fitting into memory, which changes nothing of what is learned but for rounding.
+    # Evaluation, checkpoints, and fitting into memory (no effect but rounding; 2048 tokens were fastest on a CPU).
     eval_every: int = option(5, "iterations between evaluations (also before the first, after the last)", 1)
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each", 1)
     checkpoint_every: int = option(10, "iterations between checkpoints, for --resume (0: only at the end)")
@@ -980,7 +980,7 @@ def make_learner(config: Config, task) -> Learner:
         rows = [model.get_input_embeddings().num_embeddings for model in (actor, *(x.backbone for x in critics))]
         if min(rows) < rows[0]:  # one family may pad its vocabulary differently: no token that a critic cannot read
             actor.resize_token_embeddings(min(rows))
-        if max(end_ids(actor, tokenizer), default=0) >= min(rows):
+        if max(ends := end_ids(actor, tokenizer), default=0) >= min(rows):
             raise ValueError("an end token has no row in the embeddings: no answer could end")
     optimizers = []
     for m, model in enumerate((actor, *critics)):
@@ -988,19 +988,19 @@ def make_learner(config: Config, task) -> Learner:
         model.eval()  # whatever a model does at random, it does in train mode
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         if config.activation_checkpointing:  # works in train mode only; all dropout is 0
-            next(iter(rates)).gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(model, "backbone", model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
         count = sum(p.numel() for p in model.parameters())  # 12 bytes each: float32 weight and Adam's two moments
         size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters()) / 2**20
         print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
-    learner = Learner(config, actor, critics, optimizers, tokenizer, end_ids(actor, tokenizer), checked(task.reward))
+    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward))
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
-        problems = load_problems(learner, task, "train", 32, level)
-        batch = sample_and_grade(learner, problems, range(32), seeded(config.seed, "levels"))
+        problems = load_problems(learner, task, "train", 1, level)[:32]
+        batch = sample_and_grade(learner, problems, range(len(problems)), seeded(config.seed, "levels"))
         return float(batch.rewards.sum(1).mean()), float(batch.truncated.float().mean())
 
     if config.level == "auto":
@@ -1009,10 +1009,10 @@ def make_learner(config: Config, task) -> Learner:
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
     longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-    for flag, model in [(f"--model {name}", actor.base_model), *(
-            (f"--critic-model {critic_name or name}", critic.backbone) for critic in critics[:1])]:
+    flags = f"--model {name}", f"--critic-model {critic_name or name}"  # one critic will do: they are built alike
+    for flag, body in zip(flags, (actor.base_model, *(critic.backbone for critic in critics))):
         with saying(flag):
-            check_prefixes(model, longest)
+            check_prefixes(body, longest)
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 

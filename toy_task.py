@@ -23,7 +23,6 @@ end). Up to the experiment, nothing here knows of PPO.
     python toy_task.py               the experiment: which of the paper's claims show up (the second half of this file)
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -63,9 +62,8 @@ def result(fact: str) -> int:
 
 
 def problems(split: str, seed: int, level: str = "symbols") -> Dataset:
-    """`split` is "train" or "test", `level` "symbols" (the toy above) or one of LEVELS, in words. Columns: prompt
-    ("7+5 3*4 ... =", or chat messages), answer ("2 2 ...") and level. All problems are different. One in eight is held
-    out; its text decides which, so no problem is ever in both splits."""
+    """`split` is "train" or "test", `level` "symbols" (the toy above) or one of LEVELS, in words. Columns: prompt ("7+5
+    3*4 ... =", or chat messages), answer ("2 2 ...") and level. All differ, and the text decides the split of each."""
     rng, rows = random.Random(f"{split}-{seed}-{level}"), {}
     if level not in ("symbols", *LEVELS):
         raise ValueError(f"there is no level {level!r}; there are " + ", ".join(["symbols", *LEVELS]))
@@ -273,10 +271,9 @@ def pretrain(tokenizer, name: str, seed: str, width, layers, lr, steps, count_st
 
 
 def models(environment=os.environ) -> tuple[str, str]:
-    """Directories of the pretrained toy actor and of the mini-critics' base. They come with the repository, as rounding
-    on another machine makes other weights of the same recipe; any other is pretrained first, in two minutes or three.
-    TOY_PRETRAINING (1, 2, ...) asks for another pretraining, with other initial weights and texts; TOY_CRITIC for
-    another base: "language", which has not seen grades, or "full", which is as large as the actor."""
+    """Directories of the pretrained toy actor and the mini-critics' base. They come with the repository, as another
+    machine's rounding makes other weights; any other is pretrained first, in two minutes or three: TOY_PRETRAINING (1,
+    2, ...) asks for other initial weights and texts, TOY_CRITIC for "language" (no grades) or "full" (actor's size)."""
     seed, base = environment.get("TOY_PRETRAINING", ""), environment.get("TOY_CRITIC", "critic")
     if not re.fullmatch(r"\d{0,9}", seed) or base not in ("critic", "language", "full"):
         raise ValueError(f"TOY_PRETRAINING={seed} must be a number, TOY_CRITIC={base} one of critic, language, full")
@@ -290,8 +287,11 @@ def models(environment=os.environ) -> tuple[str, str]:
                 pretrain(tokenizer, name, seed, **TINY[name]).save_pretrained(Path(beside) / name)
                 torch.set_num_threads(threads)
                 tokenizer.save_pretrained(Path(beside) / name)
-                with contextlib.suppress(OSError):  # another run has just finished the same model
+                try:
                     os.replace(Path(beside) / name, folder / name)  # whole: a stopped run leaves nothing half-made
+                except OSError:  # another run has just finished the same model
+                    if not (folder / name).exists():
+                        raise
     return str(folder / "actor"), str(folder / base)
 
 
