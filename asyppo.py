@@ -651,7 +651,7 @@ class Config:
     # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone keeps that
     # knowledge, a larger one lets the head follow the policy. With --model the heads are new, so at first only the
     # critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap beside it, as
-    # the paper's 0.6B are beside 8B; explained_variance shows whether it is enough. lr and critic_batch: tuned on the toy.
+    # the paper's 0.6B are beside 8B; explained_variance shows if it is enough. lr and critic_batch: tuned on the toy.
     critics: int = option(2, "M: number of critics; 0 means none: GRPO's group-relative advantages instead")
     critic_layers: int = option(0, "layers kept of the critics' base (0: all; of the actor, with --model, a quarter)")
     critic_scratch: bool = option(False, "start the critics from random weights: what is their pretraining worth?")
