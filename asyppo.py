@@ -492,7 +492,7 @@ def sample_and_grade(learner: "Learner", problems: list, index: list[int], gener
     off by the length limit is graded as it stands."""
     config, (prompts, examples) = learner.config, zip(*(problems[i] for i in index))
     batch = generate(learner.actor, prompts, config.max_new_tokens, config.temperature, learner.end_ids, generator,
-                     config.sample_batch)
+                     config.sample_batch or 256)  # 0 in the trial of levels, which is a small one
     texts, mine = answer_texts(learner, batch), my_share(range(len(index)))
     scores = [learner.reward(texts[b], examples[b]) if b in mine else 0.0 for b in range(len(index))]
     batch.rewards = torch.zeros_like(batch.mask)
@@ -676,8 +676,8 @@ class Config:
     eval_problems: int = option(512, "held-out problems per evaluation, one sampled answer each", 1)
     checkpoint_every: int = option(10, "iterations between checkpoints, for --resume (0: only at the end)")
     resume: str = option("", "go on with the run in this directory, with its own flags; --steps may be raised")
-    micro_batch_tokens: int = option(2048, "tokens per forward pass in training (1024 with --model)", 1)
-    sample_batch: int = option(256, "answers sampled at once (128 with --model)", 1)
+    micro_batch_tokens: int = option(0, "tokens per forward pass in training (0: what fits; on a CPU 2048)")
+    sample_batch: int = option(0, "answers sampled at once (0: what fits; on a CPU 256)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
 
 
@@ -692,8 +692,7 @@ PRESETS = {"asyppo": {}, "ppo": ONE | dict(critic_model="actor"), "naive": ONE, 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
 # lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor.
 MODEL_DEFAULTS = dict(prompts_per_step=32, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=5e-5, critic_head_lr=5e-5,
-                      critic_epochs=2, critic_warmup=4, shared_embeddings=True,
-                      micro_batch_tokens=1024, sample_batch=128)
+                      critic_epochs=2, critic_warmup=4, shared_embeddings=True)
 
 
 @dataclass
@@ -956,6 +955,34 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     return problems
 
 
+def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
+    """micro_batch_tokens and sample_batch for texts of up to `longest` tokens: where a straight line through the peaks
+    of two small passes reaches 85 % of the GPU's free memory."""
+    actor, config, (rank, size) = learner.actor, learner.config, rank_and_size()
+
+    def training(n):
+        tokens = (torch.arange(longest, device=actor.device) > 0).long().expand(n, -1)  # with padding, as is usual
+        mask = tokens[:, 1:].float()
+        logprobs_and_entropy(actor, Batch(tokens, tokens, mask, mask, mask, None, None), 1.0)[0].sum().backward()
+        actor.zero_grad()
+
+    torch.cuda.empty_cache()
+    moments = sum(8 * p.numel() for x in (actor, *learner.critics) for p in x.parameters() if p.requires_grad)
+    free, before = 0.85 * torch.cuda.mem_get_info()[0] - moments, torch.cuda.memory_allocated()
+    fitting = torch.zeros(size, 2, device=actor.device)
+    for i, (run, n, room) in enumerate([
+            (training, max(1, 1024 // longest), free),  # sampling gets half of it, as a cache that grows leaves gaps
+            (lambda n: generate(actor, [[0] * longest] * n * size, 1, 1.0, [], seeded(0, ""), n), 8, free / 2)]):
+        peaks = []
+        for rows in (n, 2 * n):
+            torch.cuda.reset_peak_memory_stats()
+            run(rows)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        fitting[rank, i] = max(1, n * (1 + (room - peaks[0]) / (peaks[1] - peaks[0])))
+    rows, answers = summed(fitting).amin(0).long().tolist()  # the same for all processes
+    return min(rows * longest, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # more: no faster
+
+
 def make_learner(config: Config, task) -> Learner:
     """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
@@ -1009,10 +1036,13 @@ def make_learner(config: Config, task) -> Learner:
     learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
     learner.test_problems = load_problems(learner, task, "test", 1, config.level)
     longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-    flags = f"--model {name}", f"--critic-model {critic_name or name}"  # one critic will do: they are built alike
-    for flag, body in zip(flags, (actor.base_model, *(critic.backbone for critic in critics))):
-        with saying(flag):
+    for m, body in enumerate([actor.base_model, *(critic.backbone for critic in critics[:1])]):  # critics are alike
+        with saying(f"--critic-model {critic_name or name}" if m else f"--model {name}"):
             check_prefixes(body, longest)
+    tokens, answers = fit_into_memory(learner, longest) if torch.cuda.is_available() else (2048, 256)
+    learner.config = replace(config, micro_batch_tokens=config.micro_batch_tokens or tokens,
+                             sample_batch=config.sample_batch or answers)
+    print("at once: {micro_batch_tokens} tokens in training, {sample_batch} answers".format_map(vars(learner.config)))
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
@@ -1075,9 +1105,9 @@ def train(config: Config, task) -> None:
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
     learner = make_learner(config, task)
     rows = load_checkpoint(learner, out) if config.resume and (out / "checkpoint.pt").exists() else []
-    config = learner.config
-    if first:
-        write_whole(out / "config.json", json.dumps(asdict(replace(config, resume="")), indent=1))
+    saved, config = replace(config, level=learner.config.level, resume=""), learner.config
+    if first:  # with its flags of memory as given: it may be resumed on another GPU
+        write_whole(out / "config.json", json.dumps(asdict(saved), indent=1))
     shown = "step eval_accuracy reward explained_variance sigma_mean entropy response_length".split()
 
     def record(row):

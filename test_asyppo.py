@@ -771,6 +771,34 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
     assert asyppo.mixed_precision(torch.device("cpu")) is False
 
 
+def test_what_runs_at_once_fits_into_the_free_memory_of_the_smallest_gpu(tiny, monkeypatch):
+    """Faked: training takes 1 GB and 10 MB per answer, sampling 3 MB per answer."""
+    learner, peak = learner_of(tiny, critics=2), [0]
+    assert (learner.config.micro_batch_tokens, learner.config.sample_batch) == (2048, 256), "on a CPU"
+    moments = 8 * sum(map(len, map(weights, (learner.actor, *learner.critics))))
+    for name, size in (("logprobs_and_entropy", lambda x: 1e9 + 1e7 * len(x.tokens)), ("generate", lambda x: 3e6 * len(x))):
+        real = getattr(asyppo, name)
+        monkeypatch.setattr(asyppo, name, lambda model, x, *rest, real=real, size=size: (
+            peak.append(7 + size(x)), real(model, x, *rest))[1])
+    fakes = dict(empty_cache=lambda: None, memory_allocated=lambda: 7, reset_peak_memory_stats=lambda: peak.append(0),
+                 max_memory_allocated=lambda: peak[-1], mem_get_info=lambda: (free, 80e9))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for free in (1.5e9, 1.3e9):
+        tokens, answers = asyppo.fit_into_memory(learner, longest=90)
+        room = 0.85 * free - moments
+        assert tokens % 90 == 0 and 0 <= room - 1e9 - 1e7 * tokens / 90 < 1.01e7 and 0 <= room - 6e6 * answers < 6.1e6
+    assert all(p.grad is None for p in learner.actor.parameters()) and tokens / 90 > 9
+    free = 80e9
+    assert asyppo.fit_into_memory(learner, 90) == (8192, 1024) and asyppo.fit_into_memory(learner, 4000)[0] == 16000
+    monkeypatch.setattr(asyppo, "rank_and_size", lambda: (1, 2))  # of two, the other one has less
+    monkeypatch.setattr(asyppo, "my_share", lambda rows: rows[:len(rows) // 2])
+    monkeypatch.setattr(asyppo, "summed", lambda x: x + torch.tensor([[9, 5], [0, 0]]) if x.shape == (2, 2) else x)
+    assert asyppo.fit_into_memory(learner, 90) == (9 * 90, 5)
+    monkeypatch.setattr(asyppo, "summed", lambda x: x + torch.tensor([[1e3, 1e3], [0, 0]]) if x.shape == (2, 2) else x)
+    assert asyppo.fit_into_memory(learner, 90)[0] == 4096, "more would leave the other without work"
+
+
 # ----------------------------------------------------------------------------------------------- 6 Several processes
 
 def three_algorithms(tiny):
@@ -1164,7 +1192,8 @@ def run_of(tiny, tmp_path_factory):
 def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
     out, learner = run_of(algo)
     fails("already holds a run; go on with it (--resume", out=out)
-    assert json.loads((out / "config.json").read_text())["algo"] == algo, "nothing was lost"
+    saved = json.loads((out / "config.json").read_text())  # nothing was lost, and another GPU may hold more
+    assert (saved["algo"], saved["micro_batch_tokens"], saved["sample_batch"]) == (algo, 0, 0)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(set(METRICS) <= set(row) for row in rows[1:])
     assert [row["eval_accuracy"] is None for row in rows] == [False, True, False, False]
