@@ -1,0 +1,179 @@
+"""Do small critics of a real model see which number was wrong? A question that needs no GPU and no update of the actor.
+
+    python figures/sight.py --model DIR --out DIR --ladder       what the model gets right on every level of the toy
+    python figures/sight.py --model DIR --out DIR --level 6      16 batches of 128 answers of the model as it is; critics
+                                                                 cut from it learn from 12 of them, and are asked about 4
+
+Critics learn as in a run, batch after batch, each batch --epochs times. After 4, 8 and 12 batches, on the other 4:
+  explained  the share of the outcome's variance that V explains, over all tokens
+  sight      V's step over a right number minus its step over a wrong one, in standard deviations of the former
+Two rows say what there is to know: `flags`, the mean outcome by how many numbers have been written and how many of them
+were wrong; `others`, the mean outcome of the prompt's other seven answers (GRPO's baseline, which no critic has).
+Bodies compute in bf16, as on a GPU. All that is found is kept in --out, and a second call goes on from there.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import asyppo
+import toy_task
+
+BATCHES, TRAINING = 16, 12
+
+
+def learner_for(model: str, level: str, more: list[str]) -> asyppo.Learner:
+    config = asyppo.parse(["--model", model, "--level", level, "--prompts-per-step", "16", *more])
+    asyppo.mixed_precision = lambda device: torch.autocast(device.type, enabled=False)  # models are checked in float32
+    learner = asyppo.make_learner(config, toy_task)
+    asyppo.mixed_precision = lambda device: torch.autocast(device.type, torch.bfloat16)
+    return learner
+
+
+def ladder(given, answers: int = 32) -> dict:
+    """{level: numbers}, of `answers` answers to different problems."""
+    path = given.out / "ladder.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    learner = learner_for(given.model, "1-shown", ["--algo", "grpo", *given.more])
+    for level in toy_task.LEVELS:
+        if level not in found:
+            problems = asyppo.load_problems(learner, toy_task, "train", 1, level)[:answers]
+            then = time.perf_counter()
+            batch = asyppo.sample_and_grade(learner, problems, range(answers), asyppo.seeded(0, "levels"))
+            texts = asyppo.answer_texts(learner, batch)
+            found[level] = {"right": float(batch.rewards.sum(1).mean()), "cut_off": float(batch.truncated.float().mean()),
+                            "length": float(batch.mask.sum(1).mean()), "prompt": float(batch.sizes[:, 0].float().mean()),
+                            "numbers": mean(right for text, (_, row) in zip(texts, problems)
+                                            for *_, right in numbers_in(text, row)),
+                            "seconds": time.perf_counter() - then, "example": texts[0]}
+            path.write_text(json.dumps(found, indent=1))
+        print(level, {key: round(x, 3) if isinstance(x, float) else x for key, x in found[level].items()}, flush=True)
+    return found
+
+
+def numbers_in(text: str, example: dict) -> list[tuple[int, int, bool]]:
+    """First and last character of every number of the answer, and whether it is right."""
+    found, wanted = re.finditer(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + text), example["answer"].split()
+    return [(match.start(1) - 1, match.end(1) - 1, match[1] == right) for match, right in zip(found, wanted)]
+
+
+def batches_of(given) -> list[asyppo.Batch]:
+    """The model's answers, made once."""
+    kept, learner = [], None
+    for i in range(BATCHES):
+        path = given.out / f"answers-{i}.safetensors"
+        if not path.exists():
+            learner = learner or learner_for(given.model, given.level, ["--algo", "grpo", *given.more])
+            index = torch.arange(16 * i, 16 * (i + 1)).repeat_interleave(8).tolist()
+            batch = asyppo.sample_and_grade(learner, learner.train_problems, index, asyppo.seeded(0, i))
+            save_file({key: x.contiguous() for key, x in vars(batch).items() if x is not None}, path)
+        kept.append(asyppo.Batch(**load_file(path)))
+        kept[-1].returns = kept[-1].rewards.sum(1, keepdim=True) * kept[-1].mask  # gamma 1
+        print(f"batch {i}: {float(kept[-1].rewards.sum(1).mean()):.2f} right", flush=True)
+    return kept
+
+
+def flags_of(learner, batch: asyppo.Batch) -> list[list[tuple]]:
+    """For every answer, of each number: the tokens before and after which V is looked at, and whether it is right."""
+    found, P, tokens = [], batch.prompt_width, batch.tokens.tolist()
+    for row, text, (_, t), problem in zip(tokens, asyppo.answer_texts(learner, batch), batch.sizes.tolist(),
+                                          batch.problem.tolist()):
+        lengths = [len(learner.tokenizer.decode(row[P:P + n])) for n in range(t + 1)]
+        shift = len(learner.tokenizer.decode(row[P:P + t], skip_special_tokens=True)) - len(text)  # a lost first space
+        spans = []
+        for first, last, right in numbers_in(text, learner.train_problems[problem][1]):
+            before = next(n for n in range(t) if lengths[n + 1] > first + shift)
+            after = next(n for n in range(t + 1) if lengths[n] >= last + shift)
+            if after < t:  # else it was cut off here, and there is no value after it
+                spans.append((before, after, right))
+        found.append(spans)
+    return found
+
+
+def judged(values: list, batches: list, spans: list) -> dict:
+    """Explained variance and sight of values (a [B, T] per batch)."""
+    valid = [batch.mask.bool() for batch in batches]
+    V, R = (torch.cat([x[v] for x, v in zip(xs, valid)]) for xs in (values, [batch.returns for batch in batches]))
+    steps = {True: [], False: []}
+    for V_b, spans_b in zip(values, spans):
+        for row, numbers in zip(V_b.tolist(), spans_b):
+            for before, after, right in numbers:
+                steps[right].append(row[after] - row[before])
+    return {"explained": asyppo.explained_variance(V[None], R[None], torch.ones(1, len(V))),
+            "sight": (mean(steps[True]) - mean(steps[False])) / (stdev(steps[True]) or math.nan)}
+
+
+def references(batches: list, spans: list) -> dict:
+    """What the flags explain, and the prompt's other answers."""
+    def places(batch, spans_b):  # [B, T] numbers written, and how many of them were wrong
+        written, wrong = torch.zeros_like(batch.mask), torch.zeros_like(batch.mask)
+        for b, numbers in enumerate(spans_b):
+            for _, after, right in numbers:
+                written[b, after:] += 1
+                wrong[b, after:] += not right
+        return (written * 100 + wrong).long()
+
+    where, valid = [places(*both) for both in zip(batches, spans)], [batch.mask.bool() for batch in batches]
+    count, total = torch.zeros(10000), torch.zeros(10000)
+    for i in range(TRAINING):
+        count += torch.bincount(where[i][valid[i]], minlength=10000)
+        total += torch.bincount(where[i][valid[i]], batches[i].returns[valid[i]], minlength=10000)
+    flags = [(total / count.clamp(min=1))[x] for x in where[TRAINING:]]
+    others = []
+    for batch in batches[TRAINING:]:
+        scores = batch.rewards.sum(1).view(-1, 8)
+        others.append(((scores.sum(1, keepdim=True) - scores) / 7).view(-1, 1).expand_as(batch.mask))
+    return {"flags": judged(flags, batches[TRAINING:], spans[TRAINING:]),
+            "others": judged(others, batches[TRAINING:], spans[TRAINING:])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--level", default="3-shown")
+    parser.add_argument("--layers", type=int, nargs="+", default=[], help="layers of the critics (default: a quarter)")
+    parser.add_argument("--rates", nargs="+", default=["5e-5"], help="learning rates, of body and head alike")
+    parser.add_argument("--epochs", default="2")
+    given, given.more = parser.parse_known_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.ladder:
+        return 0 if ladder(given) else 2
+    batches, path = batches_of(given), given.out / "sight.json"
+    found, spans = json.loads(path.read_text()) if path.exists() else {}, None
+    for layers in given.layers or [0]:
+        for rate in given.rates:
+            name = f"{layers} layers, lr {rate}, {given.epochs} epochs"
+            if name in found:
+                continue
+            learner = learner_for(given.model, given.level, [
+                "--algo", "naive", "--critic-layers", str(layers), "--critic-lr", rate, "--critic-head-lr", rate,
+                "--critic-batch", "32", "--critic-epochs", given.epochs, "--shared-embeddings", *given.more])
+            learner.actor = None  # frees its memory
+            if spans is None:
+                spans = [flags_of(learner, batch) for batch in batches]
+                found |= references(batches, spans)
+            curve, then = {}, time.perf_counter()
+            for i, batch in enumerate(batches[:TRAINING], 1):
+                asyppo.update_critic(learner, 0, batch, torch.arange(128), asyppo.seeded(0, f"shuffle {i}"))
+                if i % 4 == 0:
+                    values = [asyppo.critic_values(learner, batch)[0] for batch in batches[TRAINING:]]
+                    curve[128 * i] = judged(values, batches[TRAINING:], spans[TRAINING:])
+                    print(name, 128 * i, curve[128 * i], f"{time.perf_counter() - then:.0f} s", flush=True)
+            found[name] = curve | {"seconds": time.perf_counter() - then}
+            path.write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
