@@ -1609,6 +1609,41 @@ def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
     assert row["sight"] == row["oracle_sight"] > 0.5
 
 
+def test_runs_on_a_real_model_go_on_where_they_were_stopped(tiny, tmp_path, monkeypatch, spy, capsys):
+    monkeypatch.syspath_prepend(HERE / "figures")
+    import real_model
+    started, stop_at = [], [2]  # the step at which the minutes are over
+
+    class Process:  # asyppo.py in this process
+        def __init__(self, command):
+            started.append([str(word) for word in command[2:]])
+            self.code, self.send_signal = asyppo.main(started[-1]), lambda signal: None
+
+        def wait(self, timeout=None):
+            if self.code == 130 and timeout is not None:
+                self.code = None
+                raise subprocess.TimeoutExpired("", timeout)
+            return self.code
+
+    def stop(learner, step, watch):
+        if step in stop_at:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(real_model.subprocess, "Popen", Process)
+    spy("train_step", stop)
+    command = [f"--critic-model={tiny}/critic", "--minutes=9", f"--work={tmp_path}/work", f"--out={tmp_path}",
+               "--algos", "asyppo", "ppo", *arguments(tiny, "")[:2], "--task", str(tiny / "task.py"), "--steps", "3",
+               "--eval-every", "1", *(f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items())]
+    for left in ([2], [], []):
+        stop_at[:] = left
+        assert real_model.main(command) == 0 and ("not done yet" in capsys.readouterr().out) == bool(left)
+    assert [words[0] for words in started] == ["--out", "--resume", "--out"], "what is done is not run again"
+    assert [f"{tiny}/critic" in words for words in started] == [True, True, False], "PPO's critic is the actor's copy"
+    runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
+    assert all(run["rows"] == [json.loads(line) for line in (tmp_path / "work" / name / "metrics.jsonl").open()]
+               and len(run["rows"]) == 4 for name, run in runs.items()) and list(runs) == ["asyppo-1", "ppo-1"]
+    assert (tmp_path / "real_model.png").stat().st_size > 10_000
+
+
 # ----------------------------------------------------------------------------------------------------------- README
 
 README = (HERE / "README.md").read_text(encoding="utf-8")

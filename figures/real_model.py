@@ -2,13 +2,11 @@
 
     python figures/real_model.py --model DIR [--critic-model DIR] [--minutes 9] [more flags of asyppo.py]
 
-Seed by seed, every algorithm is a run of `asyppo.py` with the same flags. It is made for a GPU that is there for minutes
-at a time: when --minutes are over, the run in progress is stopped, and the same command goes on from its last
+Seed by seed, every algorithm is a run of `asyppo.py` with the same flags. It is made for a GPU that is there for some
+minutes at a time: when --minutes are over, the run in progress is stopped, and the same command goes on from its last
 checkpoint. All numbers so far are then in real_model.json and in the picture real_model.png (in --out). --critic-model
 is for the mini-critics; PPO's critic is always the actor's own checkpoint. The level that the first run chooses is that
 of the others.
-
-If the machine has the model only as a GGUF file in parts: cat PARTS > FILE, and ../shared/make_model.py --gguf.
 """
 import argparse
 import json
@@ -55,8 +53,8 @@ def numbers_of(folder: Path) -> dict:
 
 
 def draw(runs: dict, path: Path, title: str) -> None:
-    """Above: held-out accuracy by answers generated, the mean of the seeds thick, each seed thin. Below: the variance of
-    the outcomes that the critics explain."""
+    """Above: held-out accuracy by answers generated, the mean of the seeds thick, each seed thin. Below: how much of
+    the outcomes' variance the critics explain."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for axis, key in zip(panels, ("eval_accuracy", "explained_variance")):
@@ -112,8 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             level = next(iter(runs.values()))["config"]["level"]
             draw(runs, given.out / "real_model.png", f"{', critics '.join(names)}; level {level}; {device}")
     for name, found in runs.items():
-        curve = [f"{row['step']}: {row['eval_accuracy']:.2f}" for row in found["rows"] if row["eval_accuracy"] is not None]
-        print(f"{name:10s} accuracy after iteration {', '.join(curve)}")
+        curve = [(row["step"], row["eval_accuracy"]) for row in found["rows"] if row["eval_accuracy"] is not None]
+        print(f"{name:10s} accuracy after iteration", ", ".join(f"{step}: {x:.2f}" for step, x in curve))
     print("all runs are done" if ended else "not done yet: give the same command again")
     return 0
 

@@ -1,10 +1,10 @@
 """Do small critics of a real model see which number was wrong? A question that needs no GPU and no update of the actor.
 
-    python figures/sight.py --model DIR --out DIR --ladder       what the model gets right on every level of the toy
-    python figures/sight.py --model DIR --out DIR --level 6      16 batches of 128 answers of the model as it is; critics
-                                                                 cut from it learn from 12 of them, and are asked about 4
+    python figures/sight.py --model DIR --out DIR --ladder     what the model gets right on every level of the toy
+    python figures/sight.py --model DIR --out DIR --level 6    what critics cut from it come to know
 
-Critics learn as in a run, batch after batch, each batch --epochs times. After 4, 8 and 12 batches, on the other 4:
+For the second, the model as it is gives 16 batches of 128 answers. Critics learn from 12 of them and are asked about 4;
+they learn as in a run, batch after batch, each batch --epochs times. Given are, after 4, 8 and 12 batches:
   explained  the share of the outcome's variance that V explains, over all tokens
   sight      V's step over a right number minus its step over a wrong one, in standard deviations of the former
 Two rows say what there is to know: `flags`, the mean outcome by how many numbers have been written and how many of them
@@ -49,11 +49,11 @@ def ladder(given, answers: int = 32) -> dict:
             then = time.perf_counter()
             batch = asyppo.sample_and_grade(learner, problems, range(answers), asyppo.seeded(0, "levels"))
             texts = asyppo.answer_texts(learner, batch)
-            found[level] = {"right": float(batch.rewards.sum(1).mean()), "cut_off": float(batch.truncated.float().mean()),
-                            "length": float(batch.mask.sum(1).mean()), "prompt": float(batch.sizes[:, 0].float().mean()),
-                            "numbers": mean(right for text, (_, row) in zip(texts, problems)
-                                            for *_, right in numbers_in(text, row)),
-                            "seconds": time.perf_counter() - then, "example": texts[0]}
+            prompt, answer = batch.sizes.float().mean(0).tolist()  # tokens
+            found[level] = {
+                "right": float(batch.rewards.sum(1).mean()), "cut_off": float(batch.truncated.float().mean()),
+                "numbers": mean(ok for text, (_, row) in zip(texts, problems) for *_, ok in numbers_in(text, row)),
+                "prompt": prompt, "answer": answer, "seconds": time.perf_counter() - then, "example": texts[0]}
             path.write_text(json.dumps(found, indent=1))
         print(level, {key: round(x, 3) if isinstance(x, float) else x for key, x in found[level].items()}, flush=True)
     return found
