@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--level", default="3-shown")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="layers of the critics (default: a quarter)")
-    parser.add_argument("--rates", nargs="+", default=["5e-5"], help="learning rates, of body and head alike")
+    parser.add_argument("--rates", nargs="+", default=["5e-5:5e-5"], help="learning rates, BODY:HEAD")
     parser.add_argument("--epochs", default="2")
     given, given.more = parser.parse_known_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     found, spans = json.loads(path.read_text()) if path.exists() else {}, None
     for layers in given.layers or [0]:
         for rate in given.rates:
-            name = f"{layers} layers, lr {rate}, {given.epochs} epochs"
+            (body, head), name = rate.split(":"), f"{layers or 'a quarter'} layers, lr {rate}, {given.epochs} epochs"
             if name in found:
                 continue
             learner = learner_for(given.model, given.level, [
-                "--algo", "naive", "--critic-layers", str(layers), "--critic-lr", rate, "--critic-head-lr", rate,
+                "--algo", "naive", "--critic-layers", str(layers), "--critic-lr", body, "--critic-head-lr", head,
                 "--critic-batch", "32", "--critic-epochs", given.epochs, "--shared-embeddings", *given.more])
             learner.actor = None  # frees its memory
             if spans is None:
