@@ -957,30 +957,30 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
 
 def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
     """micro_batch_tokens and sample_batch for texts of up to `longest` tokens: where a straight line through the peaks
-    of two small passes reaches 85 % of the GPU's free memory."""
-    actor, config, (rank, size) = learner.actor, learner.config, rank_and_size()
+    of two small passes reaches 85 % of the GPU's free memory (in sampling half of it: a growing cache leaves gaps)."""
+    actor, config, width, (rank, size) = learner.actor, learner.config, min(longest, 512), rank_and_size()
 
     def training(n):
-        tokens = (torch.arange(longest, device=actor.device) > 0).long().expand(n, -1)  # with padding, as is usual
+        tokens = (torch.arange(width, device=actor.device) > 0).long().expand(n, -1)  # with padding, as is usual
         mask = tokens[:, 1:].float()
-        logprobs_and_entropy(actor, Batch(tokens, tokens, mask, mask, mask, None, None), 1.0)[0].sum().backward()
-        actor.zero_grad()
+        sum(logprobs_and_entropy(actor, Batch(tokens, tokens, mask, mask, mask, None, None), 1.0)).sum().backward()
+
+    def sampling(n):  # from different prompts
+        generate(actor, [[i % n] * longest for i in range(n * size)], 1, 1.0, [], seeded(0, "memory"), n)
 
     torch.cuda.empty_cache()
     moments = sum(8 * p.numel() for x in (actor, *learner.critics) for p in x.parameters() if p.requires_grad)
     free, before = 0.85 * torch.cuda.mem_get_info()[0] - moments, torch.cuda.memory_allocated()
     fitting = torch.zeros(size, 2, device=actor.device)
-    for i, (run, n, room) in enumerate([
-            (training, max(1, 1024 // longest), free),  # sampling gets half of it, as a cache that grows leaves gaps
-            (lambda n: generate(actor, [[0] * longest] * n * size, 1, 1.0, [], seeded(0, ""), n), 8, free / 2)]):
-        peaks = []
-        for rows in (n, 2 * n):
+    for i, (run, n, room, peaks) in enumerate([(training, 512 // width, free, []), (sampling, 2, free / 2, [])]):
+        for rows in (n, n, 2 * n):  # from the second time on, there are gradients
             torch.cuda.reset_peak_memory_stats()
             run(rows)
             peaks.append(torch.cuda.max_memory_allocated() - before)
-        fitting[rank, i] = max(1, n * (1 + (room - peaks[0]) / (peaks[1] - peaks[0])))
+        actor.zero_grad()
+        fitting[rank, i] = max(1, n * (1 + (room - peaks[1]) / (peaks[2] - peaks[1])))
     rows, answers = summed(fitting).amin(0).long().tolist()  # the same for all processes
-    return min(rows * longest, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # more: no faster
+    return min(rows * width, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # more: no faster
 
 
 def make_learner(config: Config, task) -> Learner:

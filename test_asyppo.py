@@ -772,30 +772,35 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
 
 
 def test_what_runs_at_once_fits_into_the_free_memory_of_the_smallest_gpu(tiny, monkeypatch):
-    """Faked: training takes 1 GB and 10 MB per answer, sampling 3 MB per answer."""
+    """Faked: training takes 1 GB, 10 MB per answer and, from its second pass on, 1 GB of gradients; sampling 3 MB per
+    answer."""
     learner, peak = learner_of(tiny, critics=2), [0]
     assert (learner.config.micro_batch_tokens, learner.config.sample_batch) == (2048, 256), "on a CPU"
     moments = 8 * sum(map(len, map(weights, (learner.actor, *learner.critics))))
-    for name, size in (("logprobs_and_entropy", lambda x: 1e9 + 1e7 * len(x.tokens)), ("generate", lambda x: 3e6 * len(x))):
+
+    def sized(name, bytes_of):
         real = getattr(asyppo, name)
-        monkeypatch.setattr(asyppo, name, lambda model, x, *rest, real=real, size=size: (
-            peak.append(7 + size(x)), real(model, x, *rest))[1])
-    fakes = dict(empty_cache=lambda: None, memory_allocated=lambda: 7, reset_peak_memory_stats=lambda: peak.append(0),
-                 max_memory_allocated=lambda: peak[-1], mem_get_info=lambda: (free, 80e9))
-    for name, fake in fakes.items():
+        monkeypatch.setattr(asyppo, name, lambda model, x, *rest: (peak.append(7 + bytes_of(x)),
+                                                                   real(model, x, *rest))[1])
+    graded = learner.actor.get_input_embeddings().weight
+    sized("logprobs_and_entropy", lambda x: 1e9 + 1e7 * len(x.tokens) + 1e9 * (graded.grad is not None))
+    sized("generate", lambda prompts: 3e6 * len(set(map(tuple, prompts))))
+    for name, fake in [("empty_cache", lambda: 0), ("memory_allocated", lambda: 7), ("mem_get_info", lambda: [free, 0]),
+                       ("reset_peak_memory_stats", lambda: 0), ("max_memory_allocated", lambda: peak[-1])]:
         monkeypatch.setattr(torch.cuda, name, fake)
-    for free in (1.5e9, 1.3e9):
+    for free in (2.7e9, 2.5e9):
         tokens, answers = asyppo.fit_into_memory(learner, longest=90)
         room = 0.85 * free - moments
-        assert tokens % 90 == 0 and 0 <= room - 1e9 - 1e7 * tokens / 90 < 1.01e7 and 0 <= room - 6e6 * answers < 6.1e6
-    assert all(p.grad is None for p in learner.actor.parameters()) and tokens / 90 > 9
+        assert tokens % 90 == 0 and 0 <= room - 2e9 - 1e7 * tokens / 90 < 1.01e7 and 0 <= room - 6e6 * answers < 6.1e6
+    assert graded.grad is None and tokens / 90 > 9
     free = 80e9
     assert asyppo.fit_into_memory(learner, 90) == (8192, 1024) and asyppo.fit_into_memory(learner, 4000)[0] == 16000
     monkeypatch.setattr(asyppo, "rank_and_size", lambda: (1, 2))  # of two, the other one has less
     monkeypatch.setattr(asyppo, "my_share", lambda rows: rows[:len(rows) // 2])
-    monkeypatch.setattr(asyppo, "summed", lambda x: x + torch.tensor([[9, 5], [0, 0]]) if x.shape == (2, 2) else x)
+    others = torch.tensor([[9, 5], [0, 0]])
+    monkeypatch.setattr(asyppo, "summed", lambda x: x + others if x.shape == (2, 2) else x)
     assert asyppo.fit_into_memory(learner, 90) == (9 * 90, 5)
-    monkeypatch.setattr(asyppo, "summed", lambda x: x + torch.tensor([[1e3, 1e3], [0, 0]]) if x.shape == (2, 2) else x)
+    others *= 1000
     assert asyppo.fit_into_memory(learner, 90)[0] == 4096, "more would leave the other without work"
 
 
@@ -1621,7 +1626,6 @@ def test_runs_on_a_real_model_go_on_where_they_were_stopped(tiny, tmp_path, monk
 
         def wait(self, timeout=None):
             if self.code == 130 and timeout is not None:
-                self.code = None
                 raise subprocess.TimeoutExpired("", timeout)
             return self.code
 
@@ -1637,11 +1641,14 @@ def test_runs_on_a_real_model_go_on_where_they_were_stopped(tiny, tmp_path, monk
         stop_at[:] = left
         assert real_model.main(command) == 0 and ("not done yet" in capsys.readouterr().out) == bool(left)
     assert [words[0] for words in started] == ["--out", "--resume", "--out"], "what is done is not run again"
-    assert [f"{tiny}/critic" in words for words in started] == [True, True, False], "PPO's critic is the actor's copy"
+    assert [f"{tiny}/critic" in words for words in (started[0], started[2])] == [True, False], "PPO's is the actor's"
     runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
-    assert all(run["rows"] == [json.loads(line) for line in (tmp_path / "work" / name / "metrics.jsonl").open()]
+    kept = tmp_path / "work/actor-critic"
+    assert all(run["rows"] == [json.loads(line) for line in (kept / name / "metrics.jsonl").open()]
                and len(run["rows"]) == 4 for name, run in runs.items()) and list(runs) == ["asyppo-1", "ppo-1"]
     assert (tmp_path / "real_model.png").stat().st_size > 10_000
+    assert real_model.main([*command, "--utd", "2"]) == 2 and "another utd (4)" in capsys.readouterr().err
+    assert real_model.main([*command, "--aggregate=min", "--steps=4", "--algos", "ppo"]) == 2 and len(started) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- README

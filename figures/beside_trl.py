@@ -6,12 +6,12 @@ optimizer steps on each batch, no KL penalty; in turn, `--repeats` times. On the
     OMP_NUM_THREADS=1 trl/bin/python figures/beside_trl.py
     OMP_NUM_THREADS=1 trl/bin/python figures/beside_trl.py --model DIR --level 8 --max-new-tokens 32
 
-With --model, other flags of asyppo.py may follow. TRL then gets microbatches of about as many tokens, and on a GPU
-bf16=True, which is what ours does there. Timed are whole iterations (sampling, grading, updates), from the second on;
-nothing is evaluated or saved. At a level where all answers are cut off, both have answers of the same length.
+With --model, other flags of asyppo.py may follow; --micro-batch-tokens (2048) is what both may take at once. On a GPU,
+TRL gets bf16=True: then its bodies compute in bf16, as ours do, and its heads, too. Timed are whole iterations
+(sampling, grading, updates), from the second on; nothing is evaluated or saved. At a level where all answers are cut
+off, both have answers of the same length.
 """
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -26,6 +26,9 @@ from trl import GRPOConfig, GRPOTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import asyppo
 import toy_task
+
+torch.backends.cuda.matmul.allow_tf32 = True  # as asyppo.py's main does
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def ours(seed: int, iterations: int, flags: list[str]) -> list[float]:
@@ -46,9 +49,8 @@ def trls(seed: int, iterations: int, flags: list[str]) -> list[float]:
     rows = toy_task.problems("train", seed, config.level if config.model else "symbols")
     rows = rows.map(lambda row: {"prompt": tokenizer.decode(asyppo.encode(tokenizer, row["prompt"]))})
     longest = max(len(tokenizer(text).input_ids) for text in rows["prompt"]) + config.max_new_tokens
-    at_once = batch  # on the toy; else as many answers as fit into our microbatches, as a power of 2
-    if config.model:
-        at_once = min(batch, 2 ** int(math.log2(max(1, config.micro_batch_tokens // longest))))
+    at_once = batch if not config.model else max(
+        n for n in range(1, batch + 1) if batch % n == 0 and n <= max(1, config.micro_batch_tokens // longest))
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **more):

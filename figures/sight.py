@@ -9,7 +9,8 @@ they learn as in a run, batch after batch, each batch --epochs times. Given are,
   sight      V's step over a right number minus its step over a wrong one, in standard deviations of the former
 Two rows say what there is to know: `flags`, the mean outcome by how many numbers have been written and how many of them
 were wrong; `others`, the mean outcome of the prompt's other seven answers (GRPO's baseline, which no critic has).
-Bodies compute in bf16, as on a GPU. All that is found is kept in --out, and a second call goes on from there.
+Bodies compute in bf16, as on a GPU. All that is found is kept in --out (one for each model), and a second call goes on
+from there.
 """
 import argparse
 import json
@@ -43,7 +44,7 @@ def ladder(given, answers: int = 32) -> dict:
     path = given.out / "ladder.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     learner = learner_for(given.model, "1-shown", ["--algo", "grpo", *given.more])
-    for level in toy_task.LEVELS:
+    for level in given.levels:
         if level not in found:
             problems = asyppo.load_problems(learner, toy_task, "train", 1, level)[:answers]
             then = time.perf_counter()
@@ -69,7 +70,7 @@ def batches_of(given) -> list[asyppo.Batch]:
     """The model's answers, made once."""
     kept, learner = [], None
     for i in range(BATCHES):
-        path = given.out / f"answers-{i}.safetensors"
+        path = given.out / f"answers-{given.level}-{i}.safetensors"
         if not path.exists():
             learner = learner or learner_for(given.model, given.level, ["--algo", "grpo", *given.more])
             index = torch.arange(16 * i, 16 * (i + 1)).repeat_interleave(8).tolist()
@@ -87,7 +88,7 @@ def flags_of(learner, batch: asyppo.Batch) -> list[list[tuple]]:
     for row, text, (_, t), problem in zip(tokens, asyppo.answer_texts(learner, batch), batch.sizes.tolist(),
                                           batch.problem.tolist()):
         lengths = [len(learner.tokenizer.decode(row[P:P + n])) for n in range(t + 1)]
-        shift = len(learner.tokenizer.decode(row[P:P + t], skip_special_tokens=True)) - len(text)  # a lost first space
+        shift = lengths[t - (row[P + t - 1] in learner.end_ids)] - len(text)  # alone, it may have lost a first space
         spans = []
         for first, last, right in numbers_in(text, learner.train_problems[problem][1]):
             before = next(n for n in range(t) if lengths[n + 1] > first + shift)
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--level", default="3-shown")
+    parser.add_argument("--levels", nargs="+", choices=toy_task.LEVELS, default=list(toy_task.LEVELS))
+    parser.add_argument("--level", default="2-shown")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="layers of the critics (default: a quarter)")
     parser.add_argument("--rates", nargs="+", default=["5e-5:5e-5"], help="learning rates, BODY:HEAD")
     parser.add_argument("--epochs", default="2")
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.ladder:
         return 0 if ladder(given) else 2
-    batches, path = batches_of(given), given.out / "sight.json"
+    batches, path = batches_of(given), given.out / f"sight-{given.level}.json"
     found, spans = json.loads(path.read_text()) if path.exists() else {}, None
     for layers in given.layers or [0]:
         for rate in given.rates:
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             learner = learner_for(given.model, given.level, [
                 "--algo", "naive", "--critic-layers", str(layers), "--critic-lr", body, "--critic-head-lr", head,
                 "--critic-batch", "32", "--critic-epochs", given.epochs, "--shared-embeddings", *given.more])
-            learner.actor = None  # frees its memory
+            learner.actor = learner.optimizers[0] = None  # frees memory
             if spans is None:
                 spans = [flags_of(learner, batch) for batch in batches]
                 found |= references(batches, spans)
