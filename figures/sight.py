@@ -2,13 +2,17 @@
 
     python figures/sight.py --model DIR --out DIR --ladder     what the model gets right on every level of the toy
     python figures/sight.py --model DIR --out DIR --level 6    what critics cut from it come to know
+    python figures/sight.py --model DIR --out DIR --level 6 --probe    what a linear function of its states knows
 
 For the second, the model as it is gives 16 batches of 128 answers. Critics learn from 12 of them and are asked about 4;
 they learn as in a run, batch after batch, each batch --epochs times. Given are, after 4, 8 and 12 batches:
   explained  the share of the outcome's variance that V explains, over all tokens
   sight      V's step over a right number minus its step over a wrong one, in standard deviations of the former
 Two rows say what there is to know: `flags`, the mean outcome by how many numbers have been written and how many of them
-were wrong; `others`, the mean outcome of the prompt's other seven answers (GRPO's baseline, which no critic has).
+were wrong (but not if there are too many); `others`, the mean outcome of the prompt's other seven answers (GRPO's
+baseline, which no critic has). `wrong_form` is the share of failed answers that do not have as many numbers as sums.
+The probe is ridge regression of the outcome on the states before every token (after some of the layers and the final
+norm), from 6 batches, asked about 2; given is the best of four penalties, which flatters it.
 Bodies compute in bf16, as on a GPU. All that is found is kept in --out (one for each model), and a second call goes on
 from there.
 """
@@ -136,11 +140,55 @@ def references(batches: list, spans: list) -> dict:
             "others": judged(others, batches[TRAINING:], spans[TRAINING:])}
 
 
+def wrong_form(learner, batches: list) -> float:
+    counts = []
+    for batch in batches:
+        texts = asyppo.answer_texts(learner, batch)
+        for text, problem, score in zip(texts, batch.problem.tolist(), batch.rewards.sum(1).tolist()):
+            numbers = re.findall(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + text)
+            counts += [len(numbers) != len(learner.train_problems[problem][1]["answer"].split())] if not score else []
+    return mean(counts)
+
+
+@torch.no_grad()
+def probe(given, batches: list) -> dict:
+    """{layers: the share of the outcome's variance that a linear function of the model's states explains}"""
+    model = learner_for(given.model, given.level, ["--algo", "grpo", *given.more]).actor.base_model
+    depth = model.config.get_text_config().num_hidden_layers
+    layers, found = sorted({depth * i // 8 for i in (0, 1, 2, 3, 4, 6, 8)}), {}
+    states, outcomes = {n: [] for n in layers}, []
+    for i in (0, 1, 2, 3, 4, 5, 12, 13):
+        collected = {n: [] for n in layers}
+        for index in asyppo.microbatches(batches[i], 4096):
+            part = batches[i].rows(index)
+            with asyppo.mixed_precision(torch.device("cpu")):
+                output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False,
+                               position_ids=asyppo.positions(part.attention), output_hidden_states=True)
+            for n in layers:
+                x = output.hidden_states[n][:, part.prompt_width - 1:-1][part.mask.bool()].float()
+                collected[n].append((x if n == depth else model.norm(x)).half())  # the last one is normed already
+            outcomes.append((i, part.returns[part.mask.bool()]))
+        for n in layers:
+            states[n].append(torch.cat(collected[n]))
+    learned, asked = (torch.cat([y for i, y in outcomes if (i >= 12) == late]) for late in (False, True))
+    for n in layers:
+        x, new = torch.cat(states[n][:6]).float(), torch.cat(states[n][6:]).float()
+        middle, spread = x.mean(0), x.std(0) + 1e-6
+        x, new = (x - middle) / spread, (new - middle) / spread
+        products, covariance = x.T @ x, x.T @ (learned - learned.mean())
+        weights = [torch.linalg.solve(products + penalty * torch.eye(len(products)), covariance)
+                   for penalty in (1e2, 1e3, 1e4, 1e5)]
+        found[n] = max(1 - float((asked - new @ w).var() / asked.var()) for w in weights)
+        print(f"after {n} layers {found[n]:.3f}", flush=True)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--probe", action="store_true")
     parser.add_argument("--levels", nargs="+", choices=toy_task.LEVELS, default=list(toy_task.LEVELS))
     parser.add_argument("--level", default="2-shown")
     parser.add_argument("--layers", type=int, nargs="+", default=[], help="layers of the critics (default: a quarter)")
@@ -152,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if ladder(given) else 2
     batches, path = batches_of(given), given.out / f"sight-{given.level}.json"
     found, spans = json.loads(path.read_text()) if path.exists() else {}, None
+    if given.probe:
+        path.write_text(json.dumps(found | {"probe": probe(given, batches)}, indent=1))
+        return 0
     for layers in given.layers or [0]:
         for rate in given.rates:
             (body, head), name = rate.split(":"), f"{layers or 'a quarter'} layers, lr {rate}, {given.epochs} epochs"
@@ -163,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             learner.actor = learner.optimizers[0] = None  # frees memory
             if spans is None:
                 spans = [flags_of(learner, batch) for batch in batches]
-                found |= references(batches, spans)
+                found |= references(batches, spans) | {"wrong_form": wrong_form(learner, batches)}
             curve, then = {}, time.perf_counter()
             for i, batch in enumerate(batches[:TRAINING], 1):
                 asyppo.update_critic(learner, 0, batch, torch.arange(128), asyppo.seeded(0, f"shuffle {i}"))
