@@ -1348,7 +1348,7 @@ def test_presets_are_nothing_but_defaults():
     ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "it has only 2 layers, not 9"),
     ("--model Qwen-nosuch", "--model Qwen/Qwen-nosuch: OSError"), ("--out /dev/null/run", "Not a directory"),
     ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
-    (f"--task {HERE}/toy_task.py --level 9", "there is no level '9'"),
+    (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
     ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags")])
 def test_bad_flags_are_one_line(fails, flags, said):
