@@ -966,7 +966,7 @@ def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
         sum(logprobs_and_entropy(actor, Batch(tokens, tokens, mask, mask, mask, None, None), 1.0)).sum().backward()
 
     def sampling(n):  # from different prompts
-        generate(actor, [[i % n] * longest for i in range(n * size)], 1, 1.0, [], seeded(0, "memory"), n)
+        generate(actor, [[i % n] * longest for i in range(n * size)], 1, 1.0, [-1], seeded(0, "memory"), n)
 
     torch.cuda.empty_cache()
     moments = sum(8 * p.numel() for x in (actor, *learner.critics) for p in x.parameters() if p.requires_grad)
@@ -978,7 +978,7 @@ def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
             run(rows)
             peaks.append(torch.cuda.max_memory_allocated() - before)
         actor.zero_grad()
-        fitting[rank, i] = max(1, n * (1 + (room - peaks[1]) / (peaks[2] - peaks[1])))
+        fitting[rank, i] = max(1, n * (1 + (room - peaks[1]) / max(1, peaks[2] - peaks[1])))
     rows, answers = summed(fitting).amin(0).long().tolist()  # the same for all processes
     return min(rows * width, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # more: no faster
 
