@@ -980,7 +980,7 @@ def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
         actor.zero_grad()
         fitting[rank, i] = max(1, n * (1 + (room - peaks[1]) / max(1, peaks[2] - peaks[1])))
     rows, answers = summed(fitting).amin(0).long().tolist()  # the same for all processes
-    return min(rows * width, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # more: no faster
+    return min(rows * width, max(8192, config.critic_batch * longest) // size), min(answers, 1024)  # not measured
 
 
 def make_learner(config: Config, task) -> Learner:

@@ -64,10 +64,15 @@ def ladder(given, answers: int = 32) -> dict:
     return found
 
 
+def written(text: str) -> list[re.Match]:
+    """The numbers of an answer, as toy_task.reward finds them. (The first "=" ends the prompt.)"""
+    return list(re.finditer(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + text))
+
+
 def numbers_in(text: str, example: dict) -> list[tuple[int, int, bool]]:
-    """First and last character of every number of the answer, and whether it is right."""
-    found, wanted = re.finditer(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + text), example["answer"].split()
-    return [(match.start(1) - 1, match.end(1) - 1, match[1] == right) for match, right in zip(found, wanted)]
+    """First and last character of every number that answers a sum, and whether it is right."""
+    return [(match.start(1) - 1, match.end(1) - 1, match[1] == right)
+            for match, right in zip(written(text), example["answer"].split())]
 
 
 def batches_of(given) -> list[asyppo.Batch]:
@@ -141,12 +146,13 @@ def references(batches: list, spans: list) -> dict:
 
 
 def wrong_form(learner, batches: list) -> float:
+    """The share of failed answers that do not have as many numbers as sums."""
     counts = []
     for batch in batches:
         texts = asyppo.answer_texts(learner, batch)
         for text, problem, score in zip(texts, batch.problem.tolist(), batch.rewards.sum(1).tolist()):
-            numbers = re.findall(r"= *(-?\d+)(?!\d|[.,]\d)", "=" + text)
-            counts += [len(numbers) != len(learner.train_problems[problem][1]["answer"].split())] if not score else []
+            sums = len(learner.train_problems[problem][1]["answer"].split())
+            counts += [len(written(text)) != sums] if not score else []
     return mean(counts)
 
 
