@@ -97,7 +97,7 @@ SMALL = dict(prompts_per_step=4, group_size=4, max_new_tokens=10, eval_problems=
 
 def learner_of(tiny, task=FirstTokenTask, **changes):
     flags = dict(model=str(tiny / "actor"), critic_model=str(tiny / "critic"), critic_warmup=0, lr=1e-3)
-    return asyppo.make_learner(asyppo.Config(**flags | SMALL | changes), task)
+    return asyppo.make_learner(asyppo.RunConfig(**flags | SMALL | changes), task)
 
 
 def arguments(tiny, out, *more):
@@ -135,10 +135,10 @@ def random_model(kind="qwen3", vocabulary=VOCABULARY):
     return model.eval()
 
 
-def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, at_once=256):
+def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, at_once=256, group_size=1):
     prompts = prompts or [[3, 4, 5], [6], [2, 9, 9, 8, 4], [3, 3]] * 3
-    return asyppo.generate(model, prompts, max_new_tokens, temperature, list(end_ids),
-                           torch.Generator().manual_seed(0), at_once)
+    uniform = torch.rand(len(prompts), group_size, max_new_tokens, generator=torch.Generator().manual_seed(0))
+    return asyppo.generate(model, prompts, uniform, temperature, list(end_ids), at_once)
 
 
 def ragged(B=6, T=9, seed=0):
@@ -403,7 +403,7 @@ def test_each_critic_learns_from_its_own_shard(tiny, spy):
     spy("update_critic", started)
     spy("critic_loss", lambda values, returns, mask: trained[len(shards) - 1].extend(returns.sum(1).tolist()))
     parts = []
-    spy("microbatches", lambda batch, _: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
+    spy("microbatches", lambda batch, *_: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
     batch, _ = asyppo.train_step(learner, 1)
     assert len(parts) == 8 and parts[0] | parts[1] == parts[2] | parts[3], "two minibatches in every epoch"
     assert parts[0] != parts[2] and parts[4] != parts[6], "every epoch deals them anew"
@@ -425,7 +425,7 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
     actor, *critics = copy.deepcopy([learner.actor, *learner.critics])
     (batch, _), wanted = asyppo.train_step(learner, 1), []
     for critic, shard in zip(critics, shards):
-        part = batch.rows(shard)
+        part = batch.select(shard)
         values = critic(part)
         error = sum(((values[b, :n] - float(batch.rewards[row].sum())) ** 2).sum()
                     for b, row in enumerate(shard.tolist()) for n in [int(part.mask[b].sum())])
@@ -442,7 +442,7 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
 def test_values_targets_and_advantages(tiny, changes):
     learner = learner_of(tiny, **changes)
     before, config = copy.deepcopy(learner.critics), learner.config
-    batch, passes = asyppo.train_step(learner, 1)
+    batch, metrics = asyppo.timed_step(learner, 1, lambda *_: {})
     mask = batch.mask
     with torch.no_grad():
         old, new = (torch.stack([critic(batch) * mask for critic in x]) for x in (before, learner.critics))
@@ -456,7 +456,7 @@ def test_values_targets_and_advantages(tiny, changes):
         assert torch.allclose(found, wanted, atol=1e-4)
     left = mask.flip(1).cumsum(1).flip(1) - 1  # tokens that follow
     outcome = batch.rewards.sum(1, keepdim=True) * config.gamma ** left
-    assert asyppo.measure(learner, batch, passes)["explained_variance"] == pytest.approx(
+    assert metrics["explained_variance"] == pytest.approx(
         asyppo.explained_variance(predicted, outcome, mask), abs=1e-4)
     assert changes or torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
 
@@ -475,8 +475,7 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
         float(batch.truncated.sum()) / 16]), "padding does not count"
     assert [metrics["kl"], metrics["first_kl"]] == [passes[-1]["kl"], passes[0]["kl"]] and len(passes) == 4
     assert metrics["clip_fraction"] == passes[-1]["clip_fraction"] > 0.8, "so narrow a clip meets nearly every token"
-    assert metrics["explained_variance"] == pytest.approx(asyppo.explained_variance(  # before they saw the batch
-        batch.predicted, batch.rewards.sum(1, keepdim=True) * batch.mask, batch.mask))
+    assert metrics["explained_variance"] is None, "the critics predict before they learn only where a run looks"
     shares |= dict(mask_by="random", filter_by="random")
     noise, again, other = (asyppo.train_step(learner_of(tiny, seed=seed, **shares), 1)[0] for seed in (0, 0, 1))
     assert torch.equal(noise.values, batch.values) and torch.equal(noise.values, again.values)  # the masks alone differ
@@ -565,28 +564,14 @@ def test_batches_without_contrast_give_no_nan(tiny, algo, case):
     assert all(weights(model).isfinite().all() for model in (learner.actor, *learner.critics))
 
 
-def test_activation_checkpointing_leaves_the_gradient_the_same(tiny, spy):
-    found = []
-    for on in (False, True):
-        learner = learner_of(tiny, activation_checkpointing=on, utd=1)
-        lengths, real = [], learner.actor.base_model.forward
-        learner.actor.base_model.forward = lambda **x: lengths.append(x["input_ids"].shape[1]) or real(**x)
-        spy("clip_and_step", lambda model, _: model is learner.actor and found.append(
-            torch.cat([p.grad.flatten() for p in model.parameters()])))
-        asyppo.train_step(learner, 1)
-        assert lengths[1] == 1, "the second pass reads one new token: the cache is on"
-        assert learner.actor.training == on, "sampling leaves the mode as it was"
-    assert found[0].abs().max() > 1e-4 and torch.allclose(found[0], found[-1], atol=1e-6)
-
-
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 def test_microbatches_hold_every_row_once_within_the_budget(budget):
     batch = sampled(random_model())
     groups = list(asyppo.microbatches(batch, budget))
-    assert sorted(torch.cat(groups).tolist()) == list(range(len(batch.mask)))
-    for group in groups:
-        assert len(group) == 1 or batch.rows(group).tokens.numel() <= budget
-        assert torch.equal(batch.rows(group).mask.sum(1), batch.mask[group].sum(1)), "an answer was cut"
+    assert sorted(torch.cat([index for index, _ in groups]).tolist()) == list(range(len(batch.mask)))
+    for index, part in groups:
+        assert len(index) == 1 or part.tokens.numel() <= budget
+        assert torch.equal(part.mask.sum(1), batch.mask[index].sum(1)), "an answer was cut"
 
 
 # -------------------------------------------------------------------------------------------------- 3 Mini-critics
@@ -613,9 +598,6 @@ def test_critics_start_alike_but_for_their_heads(tiny):
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
     assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.25
     assert not torch.equal(first.head.weight, learner_of(tiny, seed=1).critics[0].head.weight), "another seed"
-    (a, b), (c, _) = (learner_of(tiny, critic_scratch=True, seed=seed).critics for seed in (3, 1))
-    assert torch.equal(weights(a.backbone), weights(b.backbone)) and not torch.equal(a.head.weight, b.head.weight)
-    assert not any(torch.equal(weights(a.backbone), weights(other)) for other in (base, c.backbone))
 
 
 def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
@@ -623,7 +605,7 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
                         attn_pdrop=0.5, embd_pdrop=0.5, eos_token_id=1, bos_token_id=None)
     transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     toy_task.make_tokenizer().save_pretrained(tmp_path)
-    learner = asyppo.make_learner(asyppo.Config(model=str(tmp_path), critic_warmup=0, **SMALL), FirstTokenTask)
+    learner = asyppo.make_learner(asyppo.RunConfig(model=str(tmp_path), critic_warmup=0, **SMALL), FirstTokenTask)
     assert learner.actor.dtype == torch.float32
     assert all(m.p == 0 for m in learner.actor.modules() if isinstance(m, torch.nn.Dropout))
     assert [len(critic.backbone.h) for critic in learner.critics] == [2, 2]
@@ -771,37 +753,23 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
     assert asyppo.mixed_precision(torch.device("cpu")) is False
 
 
-def test_what_runs_at_once_fits_into_the_free_memory_of_the_smallest_gpu(tiny, monkeypatch):
-    """Faked: training takes 1 MB, 10 KB per answer and, from its second pass on, 1 MB of gradients; sampling 3 KB per
-    answer; Adam's moments, half a MB, come later."""
-    learner, peak = learner_of(tiny, critics=2), [0]
+def test_what_runs_at_once_fits_into_the_free_memory(tiny, monkeypatch):
+    learner = learner_of(tiny)
     assert (learner.config.micro_batch_tokens, learner.config.sample_batch) == (2048, 256), "on a CPU"
-    moments = 8 * sum(map(len, map(weights, (learner.actor, *learner.critics))))
-
-    def sized(name, bytes_of):
-        real = getattr(asyppo, name)
-        monkeypatch.setattr(asyppo, name, lambda model, x, *rest: (peak.append(7 + bytes_of(x)),
-                                                                   real(model, x, *rest))[1])
-    graded = learner.actor.get_input_embeddings().weight
-    sized("logprobs_and_entropy", lambda x: 1e6 + 1e4 * len(x.tokens) + 1e6 * (graded.grad is not None))
-    sized("generate", lambda prompts: 3e3 * len(set(map(tuple, prompts))))
-    for name, fake in [("empty_cache", lambda: 0), ("memory_allocated", lambda: 7), ("mem_get_info", lambda: [free, 0]),
-                       ("reset_peak_memory_stats", lambda: 0), ("max_memory_allocated", lambda: peak[-1])]:
-        monkeypatch.setattr(torch.cuda, name, fake)
-    for free in (3.5e6, 3.3e6):
+    moments = 12 * sum(map(len, map(weights, (learner.actor, *learner.critics))))
+    for room in (1e6, 1e9, -1e9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (moments + 2 * room, 0))
         tokens, answers = asyppo.fit_into_memory(learner, longest=90)
-        room = 0.85 * free - moments
-        assert tokens % 90 == 0 and 0 <= room - 2e6 - 1e4 * tokens / 90 < 1.01e4 and 0 <= room - 6e3 * answers < 6.1e3
-    assert graded.grad is None and tokens / 90 > 9
-    free = 80e9
-    assert asyppo.fit_into_memory(learner, 90) == (8192, 1024) and asyppo.fit_into_memory(learner, 4000)[0] == 16000
-    monkeypatch.setattr(asyppo, "rank_and_size", lambda: (1, 2))  # of two, the other one has less
-    monkeypatch.setattr(asyppo, "my_share", lambda rows: rows[:len(rows) // 2])
-    others = torch.tensor([[9, 5], [0, 0]])
-    monkeypatch.setattr(asyppo, "summed", lambda x: x + others if x.shape == (2, 2) else x)
-    assert asyppo.fit_into_memory(learner, 90) == (9 * 90, 5)
-    others *= 1000
-    assert asyppo.fit_into_memory(learner, 90)[0] == 4096, "more would leave the other without work"
+        assert 0 <= tokens - max(0, room) / (2 * 32 * 85) <= 1, "two layers of width 32"
+        assert 0 <= answers - max(0, room) / (2 * 2 * 16 * 4 * 90) <= 1, "two layers, two heads of 16 each"
+    monkeypatch.setattr(asyppo, "fit_into_memory", lambda *_: (7, 8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    for flags, sizes in [({}, (7, 8)), ({"sample_batch": 3}, (7, 3)), ({"micro_batch_tokens": 4}, (4, 8))]:
+        config = learner_of(tiny, **flags).config
+        assert (config.micro_batch_tokens, config.sample_batch) == sizes
+    monkeypatch.setattr(asyppo, "fit_into_memory", None)  # both are given: nothing is computed, and nothing can fail
+    assert learner_of(tiny, sample_batch=3, micro_batch_tokens=4).config.sample_batch == 3
 
 
 # ----------------------------------------------------------------------------------------------- 6 Several processes
@@ -812,7 +780,7 @@ def three_algorithms(tiny):
         learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
                              **asyppo.PRESETS[algo] | {"critic_model": str(tiny / "critic")})
         rows = [asyppo.measure(learner, *asyppo.train_step(learner, step)) for step in (1, 2, 3)]
-        rows.append({"eval_accuracy": asyppo.evaluate(learner)})
+        rows.append({"eval_accuracy": asyppo.evaluate(learner)[0]})
         found[algo] = rows, [weights(model) for model in (learner.actor, *learner.critics)]
     return found
 
@@ -854,7 +822,7 @@ def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
             assert alike(rows, wanted)
-            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, alone, strict=True))
+            assert all(torch.allclose(a, b, atol=5e-5) for a, b in zip(found, alone, strict=True))  # Adam: rounding
         assert all(map(torch.equal, first[algo][1], second[algo][1])), "ranks drift apart"
 
 
@@ -867,7 +835,7 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
 
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     learner, digests = learner_of(tiny), []
-    monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another digest
+    monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another checksum
     with pytest.raises(asyppo.UserError, match="gives every process other rows"):
         asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
@@ -968,10 +936,12 @@ def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
         assert texts_of(learner, [0, *byte_tokenizer()(text).input_ids], 1) == ["12"]
     llama = Tokenizer(BPE({c: i for i, c in enumerate("?!_def():retun\n")}, merges=[]))  # its decoder strips a space
     llama.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, llama, [1]
+    ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, PreTrainedTokenizerFast(
+        tokenizer_object=llama), [1]
     assert texts_of(learner, ids, 9) == ["    return e"] and not llama.decode(ids[9:]).startswith("    ")
-    learner.tokenizer = Tokenizer(BPE({"1": 0, "}": 1, "\n": 2, "}\n": 3}, merges=[("}", "\n")]))
-    learner.tokenizer.decoder, learner.end_ids = decoders.Fuse(), [2, 3]
+    braces = Tokenizer(BPE({"1": 0, "}": 1, "\n": 2, "}\n": 3}, merges=[("}", "\n")]))
+    braces.decoder, learner.end_ids = decoders.Fuse(), [2, 3]
+    learner.tokenizer = PreTrainedTokenizerFast(tokenizer_object=braces)
     assert texts_of(learner, [0, 0, 3], 1) == ["1}"], "what an end token says before the line break is kept"
     learner.tokenizer = toy_task.make_tokenizer()  # its unknown token is its end token, as OPT's is: no fault
     learner.tokenizer.unk_token = learner.tokenizer.bos_token = learner.tokenizer.eos_token
@@ -993,7 +963,7 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
         "    return toy_task.problems(split, seed, level).select(range(32 if split == 'train' else 4))\n")
     flags = f"--model {tmp_path}/model --task {tmp_path}/words.py --out {tmp_path}/run --steps 2 --critic-warmup 0"
     flags += " --max-new-tokens 8 --utd 2 --prompts-per-step 2 --group-size 2 --lr 1e-3 --micro-batch-tokens 900"
-    assert asyppo.main([*flags.split(), "--activation-checkpointing"]) == 0, capsys.readouterr().err
+    assert asyppo.main(flags.split()) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
     count, layers = sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers
@@ -1027,29 +997,22 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, ho
     assert ("expect to learn little" in told) == hopeless
 
 
-def test_a_model_that_is_used_in_another_way_is_refused(tiny, spy):
-    lengths = []
-    spy("check_prefixes", lambda backbone, length: lengths.append(length))
-    learner_of(tiny)
-    assert lengths == [13 + 10] * 2, "of actor and critic, to the end of the longest answer"
+def test_a_model_that_is_used_in_another_way_is_refused(tiny, tmp_path):
     for kind in KINDS:
         asyppo.check_model(random_model(kind))
-        asyppo.check_prefixes(random_model(kind).base_model, 40)
-    forgetful, sizes = random_model(), LLAMA | dict(num_key_value_heads=1)
-    base = forgetful.base_model.forward  # its cache will forget the padding: wrong for the shorter of two prompts
-    forgetful.base_model.forward = lambda attention_mask=None, **inputs: base(
-        attention_mask=attention_mask if inputs.get("past_key_values") is None else torch.ones_like(attention_mask),
-        **inputs)
-    capped = random_model((transformers.Gemma2Config, sizes | dict(head_dim=8, final_logit_softcapping=0.1)))
-    hybrid = random_model((transformers.Lfm2Config, sizes | dict(layer_types=["conv", "full_attention"])))
-    mamba = random_model((transformers.MambaConfig, dict(hidden_size=16, num_hidden_layers=1)))
-    for model in (forgetful, capped, hybrid, mamba):  # the last two have a state that rows cannot leave
-        with pytest.raises(Exception, match="capped or scaled|cache|past_key_values|batch_select"):
-            asyppo.check_model(model)
+        asyppo.check_model(random_model(kind).base_model)
+    sizes = LLAMA | dict(num_key_value_heads=1, head_dim=8)
+    scaled = random_model((transformers.CohereConfig, LLAMA | dict(logit_scale=0.1)))
     stretching = random_model((LlamaConfig, LLAMA | dict(max_position_embeddings=8, rope_parameters={
         "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0})))  # positions depend on the length of the text
-    with pytest.raises(ValueError, match="it reads ahead, or scales its positions"):
-        asyppo.check_prefixes(stretching.base_model, 40)
+    reading_ahead = AutoModel.from_config(Gemma3TextConfig(**sizes, vocab_size=20, use_bidirectional_attention=True))
+    for model, said in ((scaled, "capped or scaled"), (stretching, "it reads ahead, or scales its positions"),
+                        (stretching.base_model, "scales its positions"), (reading_ahead, "it reads ahead")):
+        with pytest.raises(ValueError, match=said):
+            asyppo.check_model(model)
+    mamba = random_model((transformers.MambaConfig, dict(hidden_size=16, num_hidden_layers=1)))
+    with pytest.raises(Exception, match="cache|past_key_values|batch_select"):  # it has a state that rows cannot leave
+        sampled(mamba)
 
 
 def edit(name, **changes):
@@ -1084,8 +1047,11 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
     learner = learner_of(tiny, model=str(tmp_path))
     rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
     assert asyppo.train_step(learner, 1)[0].tokens.max() < rows == learner.actor.config.vocab_size
-    with mock.patch.object(asyppo, "end_ids", lambda *_: [rows]), pytest.raises(asyppo.UserError, match="no answ"):
-        learner_of(tiny, model=str(tmp_path))
+    for ends, said in ([rows], "--critic-model .* it knows none of"), ([400], "--model .* none of its end tokens"):
+        with mock.patch.object(asyppo, "end_ids", lambda *_: ends), pytest.raises(asyppo.UserError, match=said):
+            learner_of(tiny, model=str(tmp_path))
+    with mock.patch.object(asyppo, "end_ids", lambda *_: [2, rows, 400]):
+        assert learner_of(tiny, model=str(tmp_path)).end_ids == [2], "trained with those that there are"
     shutil.copytree(tiny / "critic", tmp_path / "critic")
     save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
               tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
@@ -1164,14 +1130,14 @@ def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_c
 def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
     learner, asked = learner_of(tiny, eval_problems=20), []
     learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
-    assert asyppo.evaluate(learner) == 0.25 == asyppo.evaluate(learner)
+    assert asyppo.evaluate(learner)[0] == 0.25 == asyppo.evaluate(learner)[0]
     assert asked[:20] == asked[20:], "the same answers from the same policy"
     held_out, train = ([row["prompt"] for _, row in x] for x in (learner.test_problems, learner.train_problems))
     assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
     other = learner_of(tiny, seed=1)
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
     other.test_problems, other.reward = learner.test_problems, learner.reward
-    assert asyppo.evaluate(other) == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
+    assert asyppo.evaluate(other)[0] == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1366,7 +1332,7 @@ def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
 
 def test_out_of_memory_and_divergence_say_what_to_change(fails, monkeypatch):
     for error, said in ((torch.OutOfMemoryError("CUDA out of memory"), "Lower --sample-batch if it came while"),
-                        (RuntimeError("The total norm for gradients is non-finite"), "lower --lr or --critic-lr")):
+                        (RuntimeError("The total norm for gradients is non-finite"), "is non-finite; a run that has")):
         monkeypatch.setattr(asyppo, "update_actor", mock.Mock(side_effect=error))
         fails(said, "--critic-warmup", "0")
     monkeypatch.setenv("ASYPPO_TRACEBACK", "1")  # for whoever debugs
@@ -1437,13 +1403,13 @@ def test_what_the_models_have_read():
 
 
 def test_the_toy_starts_where_actor_has_room_and_critics_see():
-    learner = asyppo.make_learner(asyppo.Config(), toy_task)
-    assert 0.08 < asyppo.evaluate(learner) < 0.3
+    learner = asyppo.make_learner(asyppo.RunConfig(), toy_task)
+    assert 0.08 < asyppo.evaluate(learner)[0] < 0.3
     actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
     assert critic < 0.35 * actor
-    batch, _ = asyppo.train_step(learner, 1)
+    batch, metrics = asyppo.timed_step(learner, 1, toy_task.look)
     found = toy_task.look(learner, asyppo.replace(batch, predicted=toy_task.oracle_values(learner, batch)))
-    assert toy_task.look(learner, batch)["sight"] > 1.5 and found["sight"] == found["oracle_sight"], "before learning"
+    assert metrics["sight"] > 1.5 and found["sight"] == found["oracle_sight"], "before learning"
 
 
 def test_another_pretraining_is_another(tmp_path, monkeypatch):
@@ -1522,7 +1488,7 @@ def test_every_run_is_a_valid_command():
         assert config.prompts_per_step * config.group_size == toy_task.ANSWERS and environment["TOY_PRETRAINING"] == ""
         assert (config.seed, config.out) == (1, "out") and environment["OMP_NUM_THREADS"] == "1"
     assert toy_task.command_of("asyppo", 21, Path())[0]["TOY_PRETRAINING"] == "21"
-    assert asyppo.Config().critic_batch == toy_task.CRITIC_BATCH
+    assert asyppo.RunConfig().critic_batch == toy_task.CRITIC_BATCH
     steps = {}  # of each critic, in an iteration
     for name, config in configs.items():
         answers = toy_task.ANSWERS if config.shared_data else toy_task.ANSWERS // max(1, config.critics)
@@ -1716,6 +1682,6 @@ def test_readme_python_runs(code, as_reader):
 
 
 def test_readme_knows_only_flags_that_exist():
-    known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.Config)}
+    known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.RunConfig)}
     known |= {"--help", "--nproc-per-node", *re.findall(r"(?<=add_argument..)--[\w-]+", inspect.getsource(toy_task))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known

@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--algo", algo, "--seed", str(seed), "--model", given.model, "--checkpoint-every", "5", *more]
         if given.critic_model and algo in ("asyppo", "naive"):
             flags += ["--critic-model", given.critic_model]
-        if runs and "--level" not in more:
-            flags += ["--level", next(iter(runs.values()))["config"]["level"]]
+        if runs and "--level" not in more and (level := next(iter(runs.values()))["config"]["level"]):
+            flags += ["--level", level]
         config, found = vars(asyppo.parse(flags)), numbers_of(folder)
         for key, value in found.get("config", {}).items():
             if config[key] != value and key not in asyppo.MAY_CHANGE | {"level"}:
