@@ -174,14 +174,20 @@ span { margin-right: 3px; border: 0 solid }
 above it and is green, one with a negative advantage has a line below it and is red; the thicker the line and the
 stronger the colour, the larger the advantage. A token in <span class="masked">brackets</span> is masked: its advantage
 is not used. One in <span class="filtered">italics with dots below</span> is filtered: it gets no entropy bonus. ↵ is a
-line break, ␣ a space, � a part of a character. Hold the mouse over a token to see its numbers; V, the value, is from before the token.</p>
+line break, ␣ a space, � a part of a character. Hold the mouse over a token to see its numbers. V, the value, is from
+before the token.</p>
 """
 
 
-def write_answers(tokenizer, batch: dict, path: Path) -> None:
+def telling_rows(batch: dict) -> list[int]:
+    """Three answers with the highest reward, three with the lowest: of equal ones, the first of each group."""
     scores, group = batch["rewards"].sum(1).tolist(), len(batch["problem"]) // len(batch["problem"].unique())
-    best_first = sorted(range(len(scores)), key=lambda row: (-scores[row], row % group))  # of equals, other prompts
-    answers = [answer_of(tokenizer, batch, row) for row in best_first[:3] + best_first[3:][-3:]]
+    best_first = sorted(range(len(scores)), key=lambda row: (-scores[row], row % group))
+    return best_first[:3] + best_first[3:][-3:]
+
+
+def write_answers(tokenizer, batch: dict, path: Path) -> None:
+    answers = [answer_of(tokenizer, batch, row) for row in telling_rows(batch)]
     largest = max((abs(x) for answer in answers for x in answer["advantages"]), default=0) or 1
     parts = [HEAD]
     for answer in answers:
@@ -201,5 +207,6 @@ def token_in_html(answer: dict, t: int, largest: float) -> str:
     side, color = ("top", "0, 150, 0") if advantage > 0 else ("bottom", "230, 0, 0")
     style = f"background: rgba({color}, {size / 2:.2f}); border-{side}-width: {4 * size:.1f}px"
     marks = " ".join(["masked"] * masked + ["filtered"] * filtered)
-    text = html.escape(answer["texts"][t]).replace("↵", "↵<br>")
-    return f'<span class="{marks}" style="{style}" title="{", ".join(numbers)}">{text}</span>'
+    text = answer["texts"][t]
+    breaks = "<br>" * text.count("↵")
+    return f'<span class="{marks}" style="{style}" title="{", ".join(numbers)}">{html.escape(text)}</span>{breaks}'
