@@ -1505,22 +1505,26 @@ def test_any_run_can_be_drawn(run_of, tmp_path, capsys, algo):
     batch, parser, events = load_file(run_of(algo)[0] / "last_batch.safetensors"), HTMLParser(), []
     tokenizer = types.SimpleNamespace(decode=lambda tokens: "".join(f"<script>&{token}" for token in tokens))
     pictures.write_answers(tokenizer, batch, tmp_path / "answers.html")
-    parser.handle_starttag = lambda tag, attributes: events.append((tag, dict(attributes).get("title")))
-    parser.handle_data = lambda text: events.append(("text", text))
+    parser.handle_starttag = lambda tag, attributes: events.append((tag, dict(attributes)))
+    parser.handle_data = lambda text: events.append((text, {}))
     parser.feed((tmp_path / "answers.html").read_text(encoding="utf-8"))
-    tokens = [(text, title) for (tag, title), (_, text) in zip(events, events[1:]) if tag == "span" and title]
+    tokens = [(text, shown) for (_, shown), (text, _) in zip(events, events[1:]) if "title" in shown]
     rows, scores, T = pictures.telling_rows(batch), batch["rewards"].sum(1).tolist(), batch["mask"].shape[1]
-    assert sorted(scores[row] for row in {*rows}) == sorted(scores)[:3] + sorted(scores)[-3:]
+    ranked = sorted(scores, reverse=True)
+    assert [scores[row] for row in rows] == ranked[:3] + ranked[-3:] and len({*rows}) == 6
     places = [(row, t) for row in rows for t in range(int(batch["mask"][row].sum()))]
     assert [text for text, _ in tokens] == [f"<script>&{batch['tokens'][row, t - T]}" for row, t in places]
-    for (row, t), (_, title) in zip(places, tokens):
+    for (row, t), (_, shown) in zip(places, tokens):
         names = ["values", "v_bar", "sigma", "advantages"] if algo == "asyppo" else ["advantages"]
         numbers = [number for name in names for number in batch[name][..., row, t].flatten().tolist()]
-        assert list(map(float, re.findall(r"[+-]?\d+\.\d+", title))) == pytest.approx(numbers, abs=6e-4)
-        assert ("masked" in title) == (not batch["adv_keep"][row, t]) and "script" not in dict(events)
+        assert list(map(float, re.findall(r"[+-]?\d+\.\d+", shown["title"]))) == pytest.approx(numbers, abs=6e-4)
+        for mark, keep in (("masked", "adv_keep"), ("filtered", "ent_keep")):
+            assert (mark in shown["class"]) == (mark in shown["title"]) == (batch[keep][row, t] == 0)
+    assert "script" not in dict(events)
     assert pictures.part_to_show({"texts": "x" * 99, "v_bar": [1] * 70 + [0] * 29}) == (range(49, 89), 69)
     assert pictures.part_to_show({"texts": "x" * 99}) == (range(40), None), "GRPO"
-    assert toy_task.main(["--draw", str(tmp_path)]) == 2 and capsys.readouterr().err.strip().count("\n") == 0
+    capsys.readouterr()
+    assert toy_task.main(["--draw", str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------- The experiment
