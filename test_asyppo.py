@@ -1,4 +1,4 @@
-"""Tests of asyppo.py and toy_task.py, in the order of the files. Formulas are compared with plain loops in float64."""
+"""Tests of asyppo.py, toy_task.py and figures/. Formulas are compared with plain loops in float64."""
 import collections
 import copy
 import functools
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
@@ -37,6 +38,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 
 import asyppo
 import toy_task
+from figures import experiment, pictures
 
 HERE = Path(__file__).parent
 VOCABULARY = 20
@@ -1433,12 +1435,10 @@ def test_another_pretraining_is_another(tmp_path, monkeypatch):
 def test_the_repository_brings_the_models_of_the_experiment():
     """Pretrained on another machine, the same recipe gives other weights, and runs that cannot be compared."""
     for name, recipe in toy_task.TINY.items():
-        config = json.loads((toy_task.CACHE / name / "config.json").read_text())
-        assert (config["hidden_size"], config["num_hidden_layers"]) == (recipe["width"], recipe["layers"])
+        config = AutoConfig.from_pretrained(toy_task.CACHE / name)
+        assert (config.hidden_size, config.num_hidden_layers) == (recipe["width"], recipe["layers"])
         assert (toy_task.CACHE / name / "model.safetensors").exists()
 
-
-# --------------------------------------------------------------------------------------------------- The experiment
 
 def test_the_oracle_by_brute_force(monkeypatch, tiny):
     """Sheets of four: the chance of passing is summed over all ways in which the rest can go."""
@@ -1465,14 +1465,44 @@ def test_the_oracle_by_brute_force(monkeypatch, tiny):
     assert found[7, 2] > 0 and found[7, 3] == found[7, 4] == 0, "an answer that ends early has failed"
 
 
+@pytest.mark.parametrize("algo", ["asyppo", "grpo"])
+def test_any_run_can_be_drawn(run_of, tmp_path, capsys, algo):
+    """answers.html holds each token of six answers once, in order, as text and not as HTML, with its numbers."""
+    batch, parser, events = load_file(run_of(algo)[0] / "last_batch.safetensors"), HTMLParser(), []
+    tokenizer = types.SimpleNamespace(decode=lambda tokens: "".join(f"<script>&{token}" for token in tokens))
+    pictures.write_answers(tokenizer, batch, tmp_path / "answers.html")
+    parser.handle_starttag = lambda tag, attributes: events.append((tag, dict(attributes)))
+    parser.handle_data = lambda text: events.append((text, {}))
+    parser.feed((tmp_path / "answers.html").read_text(encoding="utf-8"))
+    tokens = [(text, shown) for (_, shown), (text, _) in zip(events, events[1:]) if "title" in shown]
+    rows, scores, T = pictures.telling_rows(batch), batch["rewards"].sum(1).tolist(), batch["mask"].shape[1]
+    ranked = sorted(scores, reverse=True)
+    assert [scores[row] for row in rows] == ranked[:3] + ranked[-3:] and len({*rows}) == 6
+    places = [(row, t) for row in rows for t in range(int(batch["mask"][row].sum()))]
+    assert [text for text, _ in tokens] == [f"<script>&{batch['tokens'][row, t - T]}" for row, t in places]
+    for (row, t), (_, shown) in zip(places, tokens):
+        names = ["values", "v_bar", "sigma", "advantages"] if algo == "asyppo" else ["advantages"]
+        numbers = [number for name in names for number in batch[name][..., row, t].flatten().tolist()]
+        assert list(map(float, re.findall(r"[+-]?\d+\.\d+", shown["title"]))) == pytest.approx(numbers, abs=6e-4)
+        for mark, keep in (("masked", "adv_keep"), ("filtered", "ent_keep")):
+            assert (mark in shown["class"]) == (mark in shown["title"]) == (batch[keep][row, t] == 0)
+    assert "script" not in dict(events)
+    assert pictures.part_to_show({"texts": "x" * 99, "v_bar": [1] * 70 + [0] * 29}) == (range(49, 89), 69)
+    assert pictures.part_to_show({"texts": "x" * 99}) == (range(40), None), "GRPO"
+    capsys.readouterr()
+    assert toy_task.main(["--draw", str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------- The experiment
+
 def test_the_claims_table(monkeypatch):
-    monkeypatch.setattr(toy_task, "CLAIMS", [("C1", "more", "a:x - b:x"), ("C2", "less", "b:x - a:x"),
+    monkeypatch.setattr(experiment, "CLAIMS", [("C1", "more", "a:x - b:x"), ("C2", "less", "b:x - a:x"),
                                              ("C3", "few", "c:x - 0.5"), ("C4", "no run", "a:y - b:x")])
     gains = [0.1, 0.3, 0.2, 0.25, 0.05, 0.1, 0.2, 0.3]
     results = {"a": {str(seed): {"x": 0.4 + gain, "y": None} for seed, gain in enumerate(gains)},
                "b": {str(seed): {"x": 0.4} for seed in range(9)}, "c": {"7": {"x": 0.75}}}
     half = 2.365 * statistics.stdev(gains) / math.sqrt(8)
-    assert toy_task.claims_table(results, range(9)).splitlines()[2:] == [
+    assert experiment.claims_table(results, range(9)).splitlines()[2:] == [
         f"| C1 | more | +0.188 ± {half:.3f} | 8 | reproduced |",
         f"| C2 | less | -0.188 ± {half:.3f} | 8 | opposite |",
         "| C3 | few | +0.250 | 1 | undecided |"]
@@ -1480,21 +1510,21 @@ def test_the_claims_table(monkeypatch):
 
 def test_every_run_is_a_valid_command():
     configs = {}
-    for name in toy_task.ALL:
-        environment, (_, script, *words) = toy_task.command_of(name, 1, Path("out"))
+    for name in experiment.ALL:
+        environment, (_, script, *words) = experiment.command_of(name, 1, Path("out"))
         oracle = [word for word in words if word == "--with-oracle"]
-        assert words[:len(oracle)] == oracle and Path(script).name == ("toy_task.py" if oracle else "asyppo.py")
+        assert words[:len(oracle)] == oracle and Path(script).name == ("experiment.py" if oracle else "asyppo.py")
         config = configs[name] = asyppo.parse(words[len(oracle):])
-        assert config.prompts_per_step * config.group_size == toy_task.ANSWERS and environment["TOY_PRETRAINING"] == ""
+        assert config.prompts_per_step * config.group_size == experiment.ANSWERS and not environment["TOY_PRETRAINING"]
         assert (config.seed, config.out) == (1, "out") and environment["OMP_NUM_THREADS"] == "1"
-    assert toy_task.command_of("asyppo", 21, Path())[0]["TOY_PRETRAINING"] == "21"
-    assert asyppo.RunConfig().critic_batch == toy_task.CRITIC_BATCH
+    assert experiment.command_of("asyppo", 21, Path())[0]["TOY_PRETRAINING"] == "21"
+    assert asyppo.RunConfig().critic_batch == experiment.CRITIC_BATCH
     steps = {}  # of each critic, in an iteration
     for name, config in configs.items():
-        answers = toy_task.ANSWERS if config.shared_data else toy_task.ANSWERS // max(1, config.critics)
+        answers = experiment.ANSWERS if config.shared_data else experiment.ANSWERS // max(1, config.critics)
         steps[name] = config.critics and config.critic_epochs * math.ceil(answers / config.critic_batch)
-    assert len(toy_task.CLAIMS) <= 24
-    for _, says, formula in toy_task.CLAIMS:
+    assert len(experiment.CLAIMS) <= 24
+    for _, says, formula in experiment.CLAIMS:
         a, b = (steps[term.partition(":")[0]] if ":" in term else 0 for term in formula.split(" - "))
         if a and b and "true values" not in says:
             assert (a == b) == ("times the steps" not in says), f"how many steps has each in: {says}"
@@ -1502,14 +1532,14 @@ def test_every_run_is_a_valid_command():
 
 
 def test_results_are_complete_and_reported():
-    results = toy_task.load_results(HERE / "figures/results.json")
-    for name in toy_task.RUNS:
-        assert set(map(str, toy_task.SEEDS)) <= set(results.get(name, {})), f"{name} is missing seeds"
-    for seed in map(str, toy_task.SEEDS):  # the same models, but for a token that rounding on another machine changed
+    results = experiment.load_results(HERE / "figures/results.json")
+    for name in experiment.RUNS:
+        assert set(map(str, experiment.SEEDS)) <= set(results.get(name, {})), f"{name} is missing seeds"
+    for seed in map(str, experiment.SEEDS):  # the same models, but for a token that rounding on another machine changed
         starts = [by_seed[seed]["curve"][0][1] for by_seed in results.values() if seed in by_seed]
         assert max(starts) - min(starts) < 0.005, f"seed {seed} has runs of different models"
     reported = (HERE / "figures/RESULTS.md").read_text(encoding="utf-8")
-    assert toy_task.report(results) in reported
+    assert experiment.report(results) in reported
     assert all(number in reported for number in re.findall(r"[+-]\d\.\d+ ± \d\.\d+", README)), "README is older"
 
 
@@ -1519,12 +1549,10 @@ def short_experiment(tiny, tmp_path_factory):
     flags = f"--model {tiny}/actor --critic-model {tiny}/critic --level symbols --steps 8 --max-new-tokens 14 " \
             "--lr 1e-3 --prompts-per-step 4 --group-size 4 --eval-problems 8 --eval-every 2 --critic-warmup 0"
     runs = {"asyppo": flags, "grpo": flags + " --algo grpo", "early": flags + " --critics 9"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RUNS", runs), ("ALL", runs), ("QUICK", list(runs))):
-            patch.setattr(toy_task, name, value)
+    with mock.patch.multiple(experiment, RUNS=runs, ALL=runs, QUICK=list(runs)):
         out = tmp_path_factory.mktemp("short_experiment")
-        (out / "RESULTS.md").write_text(f"old\n{toy_task.END}\n\nNotes.\n")
-        assert toy_task.main(["--quick", "--out", str(out), "--jobs", "2"]) == 2
+        (out / "RESULTS.md").write_text(f"old\n{experiment.END}\n\nNotes.\n")
+        assert experiment.main(["--quick", "--out", str(out), "--jobs", "2"]) == 2
         yield out, runs
 
 
@@ -1532,9 +1560,9 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     out, runs = short_experiment
     text = (out / "RESULTS.md").read_text()
     assert "AsyPPO ends above GRPO" in text and "undecided" in text and "| grpo | --model" in text
-    assert text.endswith(f"{toy_task.END}\n\nNotes.\n") and text.count("What the experiment found") == 1
+    assert text.endswith(f"{experiment.END}\n\nNotes.\n") and text.count("What the experiment found") == 1
     assert (out / "curves.png").stat().st_size > 10_000 < (out / "runs/grpo-1/tokens.png").stat().st_size
-    results = toy_task.load_results(out / "results.json")
+    results = experiment.load_results(out / "results.json")
     assert results.keys() == {"asyppo", "grpo"}, "the others go on when one has failed"
     assert "group_size 4 is too small" in (out / "runs/early-1.log").read_text()
     numbers = results["asyppo"]["1"]
@@ -1544,7 +1572,7 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": 1.0}) for i, x in enumerate((0.1, 0.9, 0.4, 0.7))]
     shutil.copy(out / "runs/asyppo-1/last_batch.safetensors", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    assert toy_task.numbers_of(tmp_path)["fall"] == pytest.approx(0.5), "below the best that came before"
+    assert experiment.numbers_of(tmp_path)["fall"] == pytest.approx(0.5), "below the best that came before"
     batch = load_file(out / "runs/asyppo-1/last_batch.safetensors")
     valid = batch["mask"].bool()
     apart = (batch["values"][0] - batch["values"][1])[valid].tolist()
@@ -1554,7 +1582,7 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     agreed = sorted(sigma, key=sigma.get)[:len(sigma) // 5]
     calm = set(sorted(entropy, key=entropy.get)[:len(entropy) // 2])
     assert numbers["low_entropy"] == pytest.approx(len(calm & set(agreed)) / len(agreed))
-    claimed = {word.partition(":")[2] for *_, formula in toy_task.CLAIMS for word in formula.split() if ":" in word}
+    claimed = {word.partition(":")[2] for *_, formula in experiment.CLAIMS for word in formula.split() if ":" in word}
     assert claimed <= set(numbers) and not list(out.glob("**/model.safetensors"))
 
 
@@ -1562,20 +1590,20 @@ def test_a_stopped_experiment_keeps_what_is_done_and_goes_on(short_experiment, m
     """What is there is not run again; what is not there, or has other flags by now, is. SIGTERM ends the children."""
     out, runs = short_experiment
     monkeypatch.setitem(runs, "grpo", runs["grpo"] + " --utd 1")
-    started, before, real = [], toy_task.load_results(out / "results.json"), subprocess.Popen
-    monkeypatch.setattr(toy_task, "command_of", lambda name, *_: ({}, ["sleep", "60"]))
+    started, before, real = [], experiment.load_results(out / "results.json"), subprocess.Popen
+    monkeypatch.setattr(experiment, "command_of", lambda name, *_: ({}, ["sleep", "60"]))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
-    monkeypatch.setattr(toy_task.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        toy_task.main(["--quick", "--out", str(out), "--jobs", "9"])
+        experiment.main(["--quick", "--out", str(out), "--jobs", "9"])
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
-    assert toy_task.load_results(out / "results.json") == before
+    assert experiment.load_results(out / "results.json") == before
 
 
 def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
     for name in ("critic_values", "update_critic"):
         monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
-    assert toy_task.main(f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run".split()) == 0
+    assert experiment.main(f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run".split()) == 0
     row = rows_of(tmp_path / "run")[1]
     assert row["sight"] == row["oracle_sight"] > 0.5
 
@@ -1663,9 +1691,11 @@ def test_readme_commands_as_typed_but_short(command, as_reader, monkeypatch, cap
     short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16"
     if "--model" in flags:
         flags[flags.index("--model") + 1] = "llm"
-    if script == "toy_task.py":  # what it runs is tested above
-        monkeypatch.setattr(toy_task, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
-        assert toy_task.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
+    if script == "toy_task.py":
+        assert toy_task.main(flags) == 0, capsys.readouterr().err
+    elif script == "figures/experiment.py":  # what it runs is tested above
+        monkeypatch.setattr(experiment, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
+        assert experiment.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
     elif script.startswith("figures/"):
         monkeypatch.setattr(sys, "argv", [script, *flags, *short.split(), "--repeats", "1"])
         runpy.run_path(HERE / script, run_name="__main__")
@@ -1683,5 +1713,6 @@ def test_readme_python_runs(code, as_reader):
 
 def test_readme_knows_only_flags_that_exist():
     known = {"--" + f.name.replace("_", "-") for f in asyppo.fields(asyppo.RunConfig)}
-    known |= {"--help", "--nproc-per-node", *re.findall(r"(?<=add_argument..)--[\w-]+", inspect.getsource(toy_task))}
+    sources = inspect.getsource(toy_task) + inspect.getsource(experiment)
+    known |= {"--help", "--nproc-per-node", *re.findall(r"(?<=add_argument..)--[\w-]+", sources)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
