@@ -401,28 +401,37 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 # =============================================================================================== 3 Mini-critics
 
 class MiniCritic(nn.Module):
-    """V_m(s_t; phi_m): the backbone of any Hugging Face language model and a scalar head.
+    """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head.
 
     Pretrained matters, says the paper: a network that can continue an answer already represents much of what tells
-    whether it is going well. (On the toy, that alone is not enough: critics that have read no grades see nothing, and
-    guide worse than random ones.) All critics start from the *same* checkpoint: then, but for new heads, only the data
-    makes them differ, and their disagreement reflects what the data does not settle, not a difference in starting
-    points. The backbone must be causal: V(s_t) may not have read o_t."""
+    whether it is going well. (On the toy, that alone is not enough: critics that have read no grades see nothing.) What
+    a critic knows of values should come from its own shard, also before the run. The toy's critics start from one
+    language model and then learn from different graded sheets; if they shared these, they would be one critic, twice.
 
-    def __init__(self, backbone, generator: torch.Generator | None = None):
+    The paper is silent on the head. Ours estimates within the reward's range, low + (high - low) * sigmoid(score):
+    where an outcome is all but settled, such values hardly differ, and low disagreement means "settled". A linear head,
+    which is used if the range is infinite, errs there as much as anywhere."""
+
+    def __init__(self, backbone, reward_range=(0.0, 1.0), generator: torch.Generator | None = None):
         super().__init__()
         self.backbone = backbone
+        backbone.config.reward_range = list(reward_range)  # saved with it
         width = backbone.config.get_text_config().hidden_size
         self.head = nn.Linear(width, 1)
-        # Small, so that values start near 0; random, so that critics with new heads differ even on the same data.
+        # Small, so that values start in the middle; random, so that critics with new heads differ on the same data.
         nn.init.normal_(self.head.weight, std=1 / (width + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """V(s_t) [B, T]: the value before token t."""
-        states = states_before(self.backbone, batch)
+        return self.value_of(states_before(self.backbone, batch))
+
+    def value_of(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [...]"""
+        low, high = self.backbone.config.reward_range
         with torch.autocast(states.device.type, enabled=False):
-            return self.head(states.float())[..., 0]
+            score = self.head(states.float())[..., 0]
+        return low + (high - low) * score.sigmoid() if math.isfinite(high - low) else score
 
 
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
@@ -622,6 +631,8 @@ class Config:
     # critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap beside it, as
     # the paper's 0.6B are beside 8B; explained_variance shows if it is enough. lr and critic_batch: tuned on the toy.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
+    reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
+    reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
     critic_layers: Annotated[int, 0, math.inf] = 0  # of the critics' base (0: all; of the actor's, a quarter)
     shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics (with --model: yes)
     shared_data: bool = False  # train every critic on all answers (and M times the steps)
@@ -652,7 +663,7 @@ class RunConfig(Config):
     """Config, and what belongs to a run."""
 
     model: str = ""  # actor: directory, hub name, or Qwen3-0.6B for Qwen/Qwen3-0.6B (else the task's own)
-    critic_model: str = ""  # the critics' base; actor: the actor's (else its first layers, or the task's own)
+    critic_model: str = ""  # the critics' base, or one for each as A,B; actor: the actor's (else its first layers)
     task: str = str(Path(__file__).with_name("toy_task.py"))  # task file with problems() and reward()
     level: str = "auto"  # the task's level of difficulty; auto: with --model, the one that the task chooses
     out: str = ""  # directory for all that the run leaves behind (else runs/[MODEL-]ALGO-SEED)
@@ -855,12 +866,18 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     return model
 
 
-def load_critic(name: str, layers: int = 0, generator: torch.Generator | None = None) -> MiniCritic:
+def load_critic(name: str, layers: int = 0, reward_range: tuple[float, float] | None = None,
+                generator: torch.Generator | None = None) -> MiniCritic:
     """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). A critic saved by a run and a
-    reward model (AutoModelForSequenceClassification, one label) keep their heads; any other gets a new one."""
+    reward model (AutoModelForSequenceClassification, one label) keep their heads; any other gets a new one. The range,
+    if not given, is what the checkpoint was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
     model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
-    critic = MiniCritic(model.base_model, generator)
+    trained_for = getattr(model.config, "reward_range", None) or reward_range or (0.0, 1.0)
+    if reward_range and tuple(trained_for) != tuple(reward_range):
+        raise ValueError(f"it was trained for rewards from {trained_for[0]} to {trained_for[1]}: give these as "
+                         "--reward-min and --reward-max")
+    critic = MiniCritic(model.base_model, trained_for, generator)
     if graded:
         critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
     elif saved := file_of(name, "value_head.safetensors"):
@@ -882,13 +899,14 @@ def check_model(model) -> None:
             raise ValueError("its logits are capped or scaled; that is not supported")
 
 
-def make_critics(config: RunConfig, name: str, layers: int) -> list[MiniCritic]:
-    """config.critics critics from the same checkpoint."""
+def make_critics(config: RunConfig, names: list[str], layers: int) -> list[MiniCritic]:
+    """A critic from each of these checkpoints."""
     generator = torch.Generator().manual_seed(config.seed)
-    critics = [load_critic(name, layers, generator) for _ in range(config.critics)]
-    if config.shared_embeddings and critics:  # they cost once, without gradient and moments
-        shared = critics[0].backbone.get_input_embeddings().requires_grad_(False)
-        for critic in critics:
+    critics = [load_critic(name, layers, (config.reward_min, config.reward_max), generator) for name in names]
+    embeddings = {}
+    for name, critic in zip(names, critics):
+        if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
+            shared = embeddings.setdefault(name, critic.backbone.get_input_embeddings().requires_grad_(False))
             critic.backbone.set_input_embeddings(shared)
     return critics
 
@@ -909,9 +927,9 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 def load_task(path: str):
-    """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models()
-    -> directories of an actor and a critics' base; choose_level(share_of), with problems(split, seed, level);
-    look(learner, batch) -> metrics; draw(out), pictures."""
+    """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models(M)
+    -> directory of an actor and a list of those of the M critics' bases; choose_level(share_of), with problems(split,
+    seed, level); look(learner, batch) -> metrics; draw(out), pictures."""
     with saying(f"--task {path}"), contextlib.chdir("."):  # back to here, wherever it goes
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         # Named after its content: datasets caches by names and would give one task file the rows of another.
@@ -923,13 +941,15 @@ def load_task(path: str):
         return task
 
 
-def checked(reward: Callable) -> Callable:
-    """The task's reward(), which must return a finite number; if not, the error shows the problem."""
+def checked(reward: Callable, low: float, high: float) -> Callable:
+    """The task's reward(), which must return a finite number in this range; if not, the error shows the problem."""
     def call(text: str, example: dict) -> float:
         with saying(f"reward() failed for {str(example)[:300]}"):
             value = float(reward(text, copy.deepcopy(example)))  # whatever it does to its row
             if not abs(value) < 1e15:  # NaN, infinite, or so when squared in float32
                 raise ValueError(f"it returned {value}, not a finite number")
+            if not low <= value <= high:
+                raise ValueError(f"it returned {value}, outside --reward-min {low} and --reward-max {high}")
             return value
     return call
 
@@ -1017,26 +1037,33 @@ def make_learner(config: RunConfig, task) -> Learner:
     """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name, critic_name = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
-                         for x in (config.model, config.critic_model))
+    bases = config.critic_model.split(",") if config.critic_model else []
+    name, *bases = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
+                    for x in (config.model, *bases))
     if not name:
         with saying(f"--task {config.task} has no model of its own (give one with --model)"):
-            name, small = task.models()
-        critic_name = critic_name or small
-    critic_name = name if critic_name == "actor" else critic_name
+            name, own = task.models(config.critics)
+        bases = bases or own
+    bases = [name if base == "actor" else base for base in bases]
     with saying(f"--model {name}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
         entries = actor.get_input_embeddings().num_embeddings
         ends = end_ids(actor, tokenizer)
         if ends and min(ends) >= entries:
             raise ValueError(f"none of its end tokens ({ends}) has a row in the embeddings: no answer could end")
-    quarter = max(1, actor.config.get_text_config().num_hidden_layers // 4)
-    layers = config.critic_layers or (0 if critic_name else quarter)
-    with saying(f"--critic-model {critic_name or name}"):
-        critics = make_critics(config, critic_name or name, layers)
-        vocabulary = AutoTokenizer.from_pretrained(critic_name or name).get_vocab()
-        if critics and any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
-            raise ValueError("its tokenizer is not the actor's, whose tokens critics must read")
+    layers = config.critic_layers
+    if not bases:  # the first quarter of the actor
+        bases = [name]
+        layers = layers or max(1, actor.config.get_text_config().num_hidden_layers // 4)
+    if len(bases) not in (1, config.critics) and config.critics:
+        raise UserError(f"--critic-model names {len(bases)} models for {config.critics} critics; give one, or one each")
+    bases = bases * config.critics if len(bases) == 1 else bases[:config.critics]
+    with saying(f"--critic-model {','.join(dict.fromkeys(bases))}"):
+        critics = make_critics(config, bases, layers)
+        for base in set(bases):
+            vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
+            if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
+                raise ValueError("its tokenizer is not the actor's, whose tokens critics must read")
         for critic in critics:  # one family may pad its vocabulary differently: no token that a critic cannot read
             entries = min(entries, critic.backbone.get_input_embeddings().num_embeddings)
         if entries < actor.get_input_embeddings().num_embeddings:
@@ -1055,7 +1082,9 @@ def make_learner(config: RunConfig, task) -> Learner:
         print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
     ends = [i for i in ends if i < entries]
     sizes = dict(micro_batch_tokens=config.micro_batch_tokens or 2048, sample_batch=config.sample_batch or 256)
-    learner = Learner(replace(config, **sizes), actor, critics, optimizers, tokenizer, ends, checked(task.reward))
+    limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
+    learner = Learner(replace(config, **sizes), actor, critics, optimizers, tokenizer, ends,
+                      checked(task.reward, *limits))
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
@@ -1074,14 +1103,15 @@ def make_learner(config: RunConfig, task) -> Learner:
     if torch.cuda.is_available() and not (config.micro_batch_tokens and config.sample_batch):
         longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
         tokens, answers = fit_into_memory(learner, longest)
-        sizes = {"micro_batch_tokens": config.micro_batch_tokens or tokens, "sample_batch": config.sample_batch or answers}
+        sizes = dict(micro_batch_tokens=config.micro_batch_tokens or tokens,
+                     sample_batch=config.sample_batch or answers)
     learner.config = replace(config, level=level, **sizes)
     print("at once: {micro_batch_tokens} tokens in training, {sample_batch} answers".format_map(sizes))
     if config.model and not torch.cuda.is_available():
         held_out = min(config.eval_problems, len(learner.test_problems))
-        print(f"no GPU: {config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of up "
-              f"to {config.max_new_tokens} tokens each, may take long; lower --prompts-per-step, --group-size, "
-              "--eval-problems, --max-new-tokens")
+        print(f"without a GPU, {config.prompts_per_step * config.group_size} answers a step and {held_out} an "
+              f"evaluation, of up to {config.max_new_tokens} tokens, may take long; lower --prompts-per-step, "
+              "--group-size, --eval-problems or --max-new-tokens")
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
@@ -1285,6 +1315,8 @@ def parse(argv: list[str] | None) -> RunConfig:
         value = getattr(config, name)
         if get_origin(hint) is Annotated and not low <= value <= high:
             raise UserError(f"{name} must be from {low} to {high}, not {value}")
+    if not config.reward_min < config.reward_max:
+        raise UserError(f"reward_min {config.reward_min} must be below reward_max {config.reward_max}")
     if config.critics > config.group_size:
         raise UserError(f"group_size {config.group_size} is too small: each critic needs an answer to every prompt")
     return config

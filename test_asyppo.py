@@ -380,7 +380,7 @@ def test_pasted_alone_each_function_needs_nothing_but_torch(call):
 def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
     learner, asked = learner_of(tiny), []
     learner.reward = asyppo.checked(lambda response, example: asked.append(  # each call has a row of its own
-        (response, example.pop("prompt"))) or len(asked) / 10)
+        (response, example.pop("prompt"))) or len(asked) / 10, 0, 9)
     first, second = (asyppo.train_step(learner, step)[0] for step in (1, 2))
     assert set(first.problem.tolist()) != set(second.problem.tolist()), "every iteration draws other prompts"
     assert len(first.mask.sum(1).unique()) > 3, "answers of different lengths, or this shows little"
@@ -582,7 +582,7 @@ def test_microbatches_hold_every_row_once_within_the_budget(budget):
 @torch.no_grad()
 def test_value_belongs_to_the_state_before_its_token(kind):
     model = random_model(kind)
-    critic = asyppo.MiniCritic(random_model(kind).base_model, torch.Generator().manual_seed(0))
+    critic = asyppo.MiniCritic(random_model(kind).base_model, generator=torch.Generator().manual_seed(0))
     batch = sampled(model, prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
     before = critic(batch)
     assert before.shape == batch.mask.shape
