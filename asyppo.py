@@ -51,10 +51,9 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Callable, Literal, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before transformers is imported
 import torch
@@ -141,9 +140,8 @@ def whiten(x, mask):
 def group_advantages(rewards, group_size):
     """GRPO (arXiv 2402.03300): an answer's reward compared with those of the other answers to the same prompt.
 
-    rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number
-    for all tokens of an answer ([:, None] * mask spreads it). A group whose answers are all right or all wrong gets 0:
-    nothing to compare."""
+    rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number for
+    all tokens of an answer ([:, None] * mask spreads it); 0 in a group whose answers are all right or all wrong."""
     groups = rewards.float().view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     alike = groups.amin(dim=1, keepdim=True) == groups.amax(dim=1, keepdim=True)
@@ -373,7 +371,8 @@ def update_critic(learner: "Learner", m: int, batch: Batch, shard: torch.Tensor,
 
 def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
     """`utd` optimizer steps, each on the whole batch. Returns the statistics of every pass."""
-    config, passes = learner.config, []
+    config = learner.config
+    passes = []
     for _ in range(config.utd):
         found = []
         for index, part in microbatches(batch, config.micro_batch_tokens, "the actor learns"):
@@ -403,13 +402,12 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head.
 
-    Pretrained matters, says the paper: a network that can continue an answer already represents much of what tells
-    whether it is going well. (On the toy, that alone is not enough: critics that have read no grades see nothing.) What
-    a critic knows of values should come from its own shard, also before the run. The toy's critics start from one
-    language model and then learn from different graded sheets; if they shared these, they would be one critic, twice.
+    Pretrained matters, says the paper: a network that can continue an answer knows much of what tells whether it is
+    going well. (Not on the toy: its critics see nothing before they have read grades.) What a critic knows of values
+    should come from its own shard, also before the run: critics that share that, too, are one critic, twice.
 
     The paper is silent on the head. Ours estimates within the reward's range, low + (high - low) * sigmoid(score):
-    where an outcome is all but settled, such values hardly differ, and low disagreement means "settled". A linear head,
+    where an outcome is all but settled, such values hardly differ, so low disagreement means "settled". A linear head,
     which is used if the range is infinite, errs there as much as anywhere."""
 
     def __init__(self, backbone, reward_range=(0.0, 1.0), generator: torch.Generator | None = None):
@@ -435,17 +433,15 @@ class MiniCritic(nn.Module):
 
 
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
-    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation, which the
-    paper finds not to be the problem."""
+    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation."""
     return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
 
 
 # =============================================================================================== 4 Rollouts
 
-# Stored in float32, everywhere: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02); the
-# logits (bf16 has 8 significant bits: a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks
-# values that hardly differ: rounded, they are mostly ties). On a GPU, matrix products use fewer bits: bf16 in bodies
-# (mixed_precision), TF32 (11 bits) in heads.
+# Always in float32: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02); the logits (in
+# bf16 a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks values that hardly differ: rounded,
+# they are mostly ties). On a GPU, bodies multiply in bf16 (mixed_precision) and heads in TF32, with 11 bits.
 
 
 def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], group_size: int, generator) -> Batch:
@@ -470,15 +466,16 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
              at_once: int = 256) -> Batch:
     """Sample G answers to each of N prompts (token ids), side by side, of at most T tokens.
 
-    uniform [N, G, T] holds a random number in [0, 1) for every token. As the caller draws them, the answers depend, but
-    for rounding, neither on the device nor on `at_once`, the number of answers that are sampled together.
+    uniform [N, G, T] holds a random number in [0, 1) for every token: so the answers depend, but for rounding, neither
+    on the device nor on `at_once`, the number of answers that are sampled together.
 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
     *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update."""
     device = model.device
     N, G, T = uniform.shape
-    B, P = N * G, max(map(len, prompts))
+    B = N * G
+    P = max(map(len, prompts))
     uniform = uniform.reshape(B, T).double().to(device)
     tokens = torch.zeros(B, P + T, dtype=torch.long, device=device)  # padding is token 0: any would do
     attention = torch.zeros_like(tokens)
@@ -557,15 +554,14 @@ def entropy_of(logp: torch.Tensor) -> torch.Tensor:
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that count real tokens only. Otherwise a left-padded prompt would begin at a position above
-    0, which changes what a model with learned positions predicts."""
+    """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0. Models with learned
+    positions would else predict something different."""
     return (attention.cumsum(1) - 1).clamp(min=0)
 
 
 def states_before(backbone, batch: Batch) -> torch.Tensor:
-    """Hidden states [B, T, D] of s_0 .. s_{T-1}, each one column before its token (see the picture at Batch). Both
-    users need exactly this: the actor's head predicts o_t from it, and the critic's head says how good it is to be
-    there, before o_t is known."""
+    """Hidden states [B, T, D] of s_0 .. s_{T-1}, each one column before its token (see the picture at Batch): the
+    actor's head predicts o_t from it, and a critic's head says how good it is to be there, before o_t is known."""
     with mixed_precision(batch.tokens.device):
         hidden = backbone(input_ids=batch.tokens, attention_mask=batch.attention,
                           position_ids=positions(batch.attention), use_cache=False).last_hidden_state
@@ -576,9 +572,9 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
                          chunk_elements: int = 2**26) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi_theta(o_t | s_t) and H[pi_theta(. | s_t)], each [B, T], 0 on padding, with gradients.
 
-    The entropy is exact, over the whole vocabulary, not the one-sample estimate -log pi(o_t | s_t). With 150,000
-    entries the logits are by far the largest tensor of all. So they are computed for a chunk of tokens at a time, and
-    recomputed in the backward pass rather than kept (checkpoint): no [B, T, vocabulary] tensor ever exists."""
+    The entropy is exact, over the whole vocabulary, not the one-sample estimate -log pi(o_t | s_t). Logits would be the
+    largest tensor by far. So they are computed for a chunk of tokens at a time, and recomputed in the backward pass
+    rather than kept (checkpoint): no [B, T, vocabulary] tensor ever exists."""
     def head(hidden, token):  # [n, D], [n] -> [n], [n]
         logp = logits_of(model, hidden, temperature).log_softmax(-1)
         return logp.gather(1, token[:, None])[:, 0], entropy_of(logp)
@@ -625,11 +621,11 @@ class Config:
     gamma: Share = 1.0  # discount per token
     lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
     whiten: bool = True  # bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)
-    # Critics. The paper is silent on their training. Their target is the plain Monte-Carlo return (critic_lam 1), which
-    # no critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone keeps that
-    # knowledge, a larger one lets the head follow the policy. With --model the heads are new, so at first only the
-    # critics learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap beside it, as
-    # the paper's 0.6B are beside 8B; explained_variance shows if it is enough. lr and critic_batch: tuned on the toy.
+    # Critics. The paper is silent on their training. Their target is the Monte-Carlo return (critic_lam 1), which no
+    # critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone keeps what they
+    # know, a larger one lets the head follow the policy. With --model the heads are new, so at first only the critics
+    # learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap, as the paper's 0.6B
+    # beside 8B; explained_variance shows if that is enough. lr and critic_batch: tuned on the toy.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
@@ -676,10 +672,9 @@ class RunConfig(Config):
     sample_batch: Annotated[int, 0, math.inf] = 0  # answers sampled at once (0: what fits; on a CPU 256)
 
 
-# Presets are other defaults. The baselines are the plain ones, without entropy bonus (--entropy-coef 0.01 adds it);
-# with one critic sigma is 0, so masks would do nothing. A single critic gets all the answers: with 64 per step, it
-# takes as many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head (all of it is
-# trained): on the toy it knows nothing at first, unlike the mini-critics.
+# Presets are other defaults. The baselines are the plain ones, without entropy bonus; with one critic sigma is 0, so
+# masks would do nothing. A single critic gets all the answers: with 64 per step, it takes as many steps as each of
+# AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 NAIVE = PLAIN | dict(critics=1, critic_batch=64)
 PRESETS = {"asyppo": {}, "ppo": NAIVE | dict(critic_model="actor", shared_embeddings=False), "naive": NAIVE,
@@ -707,9 +702,8 @@ class Learner:
 
 
 def seeded(seed: int, what) -> torch.Generator:
-    """The random numbers of iteration `what` (or of the evaluation, or the trial of levels). They depend on the seed
-    and the step alone, so a resumed run draws what an uninterrupted one would. (A generator on the CPU takes 32 bits.)
-    """
+    """The random numbers of iteration `what` (or of the evaluation): a resumed run draws what an uninterrupted one
+    would. A generator on the CPU takes 32 bits."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
@@ -721,10 +715,8 @@ def signal_of(batch: Batch, name: str, generator) -> torch.Tensor:
 
 def microbatches(batch: Batch, token_budget: int, what: str = ""):
     """Yields row numbers and these rows of the batch: answers of similar length, together at most `token_budget` tokens
-    (at least one answer). With several processes, each gets its share.
-
-    If a part's loss is weighted by its share of the answers (update_actor) or of the tokens (update_critic), the
-    gradients add up to that of one big batch, whatever the budget."""
+    (at least one answer); of several processes, each gets its share. If a part's loss is weighted by its share of the
+    answers (update_actor) or of the tokens (update_critic), the gradients add up to that of one big batch."""
     rank, processes = rank_and_size()
     mine = batch.sizes.sum(1).argsort(stable=True)[rank::processes]
     at_once = max(1, token_budget // batch.tokens.shape[1])
@@ -1106,12 +1098,11 @@ def make_learner(config: RunConfig, task) -> Learner:
         sizes = dict(micro_batch_tokens=config.micro_batch_tokens or tokens,
                      sample_batch=config.sample_batch or answers)
     learner.config = replace(config, level=level, **sizes)
-    print("at once: {micro_batch_tokens} tokens in training, {sample_batch} answers".format_map(sizes))
-    if config.model and not torch.cuda.is_available():
-        held_out = min(config.eval_problems, len(learner.test_problems))
-        print(f"without a GPU, {config.prompts_per_step * config.group_size} answers a step and {held_out} an "
-              f"evaluation, of up to {config.max_new_tokens} tokens, may take long; lower --prompts-per-step, "
-              "--group-size, --eval-problems or --max-new-tokens")
+    held_out = min(config.eval_problems, len(learner.test_problems))
+    print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
+          f"{config.max_new_tokens} tokens: smaller with --prompts-per-step, --group-size, --eval-problems, "
+          "--max-new-tokens; at once {micro_batch_tokens} tokens in training, {sample_batch} answers in sampling: "
+          "--micro-batch-tokens, --sample-batch".format_map(sizes))
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
@@ -1131,9 +1122,8 @@ def evaluate(learner: Learner) -> tuple[float, str]:
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 1 perfect, 0 no better than a constant, below 0
-    worse than one. NaN where the returns do not vary. All [B, T]. (Even true values explain less than 1, as sampling is
-    random.)"""
+    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 0 no better than a constant, below 0 worse, 1
+    perfect (true values explain less, as sampling is random). NaN where the returns do not vary. All [B, T]."""
     valid = mask.bool()
     if not valid.any() or returns[valid].min() == returns[valid].max():
         return float("nan")
@@ -1162,8 +1152,7 @@ def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
 
 def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tuple[Batch, dict]:
     """train_step, its metrics and the seconds of its phases. If look(learner, batch) is given, the critics also predict
-    before they learn from the batch, and it may add metrics: it is called when the batch has values and advantages and
-    the actor has not learned from it yet. Neither counts in the seconds."""
+    before they learn from the batch, and it may add metrics. It is called before the actor learns, off the clock."""
     metrics, then, on_gpu = {"step": step}, time.perf_counter(), learner.actor.device.type == "cuda"
 
     def watch(phase, batch):
@@ -1245,8 +1234,8 @@ def write_whole(path: Path, content) -> None:
 
 
 def save_checkpoint(learner: Learner, history: list[dict], batch: Batch, out: Path) -> None:
-    """The state of a run: weights, optimizers and the metrics so far, whose last row has the step. Before it the last
-    batch, for pictures: a run that is killed from here on needs nothing else to be completed."""
+    """The state of a run: weights, optimizers and the metrics so far, whose last row has the step. The batch, for
+    pictures, comes first: a run that is killed from here on can be completed."""
     with saying(f"the checkpoint of step {history[-1]['step']} could not be written (make room, then --resume {out})"):
         save_file({name: x.cpu().contiguous() for name, x in vars(batch).items() if x is not None},
                   out / "last_batch.safetensors")

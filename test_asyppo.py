@@ -595,6 +595,42 @@ def test_value_belongs_to_the_state_before_its_token(kind):
     assert alone == pytest.approx(padded, abs=1e-5) and abs(alone - other) > 1e-6, "V(s_0) reads the prompt alone"
 
 
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-2.0, 3.0), (0.0, math.inf)])
+def test_values_lie_in_the_range_of_the_reward(tiny, low, high):
+    learner = learner_of(tiny, reward_min=low, reward_max=high, whiten=False)
+    batch, _ = asyppo.train_step(learner, 1)
+    bounded, valid, critic = math.isfinite(high), batch.mask.bool(), learner.critics[0]
+    fresh = asyppo.MiniCritic(copy.deepcopy(critic.backbone), (low, high))(batch)
+    assert (fresh - ((low + high) / 2 if bounded else 0)).abs().max() < (high - low if bounded else 3) / 4, "the middle"
+    with torch.no_grad():
+        critic.head.weight.mul_(1000)
+    values = critic(batch)
+    score = asyppo.states_before(critic.backbone, batch).double() @ critic.head.weight[0].double() + critic.head.bias
+    expected = low + (high - low) / (1 + torch.exp(-score)) if bounded else score
+    assert torch.allclose(values.double()[valid], expected[valid], atol=1e-4)
+    assert not bounded or (low <= values.min() < values.max() <= high and values[valid].std() > (high - low) / 10)
+    ours, theirs = (torch.autograd.grad(v[valid].square().sum(), critic.head.weight, retain_graph=True)[0]
+                    for v in (values, expected))
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4) and ours.abs().sum() > 0
+
+
+def test_each_critic_may_have_a_base_of_its_own(tiny, tmp_path, fails):
+    two = f"{tiny}/critic,{tiny}/actor"
+    learner = learner_of(tiny, critic_model=two, shared_embeddings=True)
+    assert [critic.backbone.config.hidden_size for critic in learner.critics] == [16, 32]
+    tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
+    assert tables[0] is not tables[1] and not any(table.requires_grad for table in tables)
+    fails("--critic-model names 3 models for 2 critics", "--critic-model", f"{two},actor")
+    fails(f"--critic-model {tiny}/critic,no/such", "--critic-model", f"{tiny}/critic,no/such")
+    out = tmp_path / "first"
+    assert asyppo.main(arguments(tiny, out, "--steps", "2", "--reward-max", "2")) == 0
+    again = learner_of(tiny, critic_model=f"{out}/critic_1,{out}/critic_2", reward_max=2.0).critics
+    assert not torch.equal(weights(again[0]), weights(again[1])), "a run's critics start the next one"
+    assert asyppo.load_critic(f"{out}/critic_2").backbone.config.reward_range == [0, 2]
+    fails("trained for rewards from 0.0 to 2.0: give", "--critic-model", f"{out}/critic_1")
+    fails("reward_min 1.0 must be below reward_max 1.0", "--reward-min", "1")
+
+
 def test_critics_start_alike_but_for_their_heads(tiny):
     (first, second), base = learner_of(tiny).critics, AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
@@ -1083,6 +1119,7 @@ def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
     (task_file("[[3], [99999]] * 4"), "of row 1"), (task_file("[[3], [-1]] * 4"), "of row 1"),
     (task_file("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
     (task_file(reward="float('nan')"), "it returned nan, not a finite number"),
+    (task_file(reward="-0.5"), "it returned -0.5, outside --reward-min 0.0 and --reward-max 1.0"),
     (task_file(reward="1e16"), "it returned 1e+16"), (task_file(reward="1 / 0"), "ZeroDivisionError"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
@@ -1414,83 +1451,40 @@ def test_the_toy_starts_where_actor_has_room_and_critics_see():
     assert metrics["sight"] > 1.5 and found["sight"] == found["oracle_sight"], "before learning"
 
 
-def test_another_pretraining_is_another(tmp_path, monkeypatch):
+def test_another_pretraining_is_another_and_every_critic_reads_sheets_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_task, "CACHE", tmp_path)
-    monkeypatch.setattr(toy_task, "TINY", {name: {**tiny, "width": 16, "layers": 1, **{
-        key: 2 for key in tiny if "steps" in key}} for name, tiny in toy_task.TINY.items()})
-    before = torch.random.get_rng_state()
-    first = toy_task.models()
-    assert toy_task.models() == first and torch.equal(before, torch.random.get_rng_state())
-    second = toy_task.models({"TOY_PRETRAINING": "1"})
-    for a, b in zip(first, second):
-        assert a != b and not torch.equal(weights(AutoModel.from_pretrained(a)), weights(AutoModel.from_pretrained(b)))
-    monkeypatch.setenv("TOY_CRITIC", "language")
-    assert toy_task.models() == (str(tmp_path / "actor"), str(tmp_path / "language"))
-    assert "ForCausalLM" in (tmp_path / "language/config.json").read_text()
+    monkeypatch.setattr(toy_task, "STEPS", {name: 2 for name in toy_task.STEPS})
+    monkeypatch.setattr(toy_task, "until_learned", lambda read, enough: read())
+    before, read, real = torch.random.get_rng_state(), {}, toy_task.tokens_of
+    monkeypatch.setattr(toy_task, "fit", lambda model, steps, lr, what, loss: loss(0).item() + loss(1).item())
+    monkeypatch.setattr(toy_task, "tokens_of", lambda tokenizer, sheets, answers: (
+        read.setdefault(now[0], []).extend(map(tuple, sheets)), real(tokenizer, sheets, answers))[1])
+    now, pretrain = [], toy_task.pretrain
+    monkeypatch.setattr(toy_task, "pretrain", lambda tokenizer, name, seed: (now.insert(0, name), pretrain(
+        tokenizer, name, seed), now.pop(0))[1])
+    actor, bases = toy_task.models(2)
+    assert toy_task.models(2) == (actor, bases) and torch.equal(before, torch.random.get_rng_state())
+    assert [Path(path).name for path in (actor, *bases)] == ["actor", "critic_1_of_2", "critic_2_of_2"]
+    toy_task.models(1)
+    first, second, all_of_them = (read[name] for name in ("critic_1_of_2", "critic_2_of_2", "critic_1_of_1"))
+    assert len(first) == len(second) == 128 and not set(first) & set(second), "disjoint"
+    assert collections.Counter(first + second) == collections.Counter(all_of_them), "together the same sheets"
+    other, _ = toy_task.models(2, {"TOY_PRETRAINING": "1"})
+    assert not torch.equal(*(weights(AutoModel.from_pretrained(path)) for path in (actor, other)))
+    for kind, names in [("same", ["critic_1_of_2"] * 2), ("language", ["language"] * 2), ("scratch", ["scratch"] * 2),
+                        ("full", ["full_1_of_2", "full_2_of_2"])]:
+        assert [Path(path).name for path in toy_task.models(2, {"TOY_CRITIC": kind})[1]] == names
+    widths = [AutoConfig.from_pretrained(tmp_path / name).hidden_size for name in ("scratch", "full_2_of_2", "actor")]
+    assert widths == [64, 128, 128] and "ForCausalLM" in (tmp_path / "language/config.json").read_text()
     with pytest.raises(ValueError, match="TOY_CRITIC=huge"):
-        toy_task.models({"TOY_CRITIC": "huge"})
-    assert {path.name for path in tmp_path.iterdir()} == {"actor", "critic", "language", "1"}
+        toy_task.models(2, {"TOY_CRITIC": "huge"})
+    assert not list(tmp_path.glob("tmp*"))
 
 
-def test_the_repository_brings_the_models_of_the_experiment():
+def test_the_repository_brings_the_models_of_the_default_run():
     """Pretrained on another machine, the same recipe gives other weights, and runs that cannot be compared."""
-    for name, recipe in toy_task.TINY.items():
-        config = AutoConfig.from_pretrained(toy_task.CACHE / name)
-        assert (config.hidden_size, config.num_hidden_layers) == (recipe["width"], recipe["layers"])
+    for name in ("actor", "critic_1_of_2", "critic_2_of_2", "critic_1_of_1"):
         assert (toy_task.CACHE / name / "model.safetensors").exists()
-
-
-def test_the_oracle_by_brute_force(monkeypatch, tiny):
-    """Sheets of four: the chance of passing is summed over all ways in which the rest can go."""
-    monkeypatch.setattr(toy_task, "SUMS", 4)
-    monkeypatch.setattr(toy_task, "PASS", 3)
-    learner = learner_of(tiny, toy_task, level="symbols", temperature=0.5)
-    batch, _ = asyppo.train_step(learner, 1)
-    P, wanted = batch.prompt_width, toy_task.right_digits(learner, batch)
-    digits = set(learner.tokenizer("0 1 2 3 4 5 6 7 8 9").input_ids)
-    for row in (0, 7):  # one is made to be formed, with a wrong digit in second place
-        batch.tokens[row, P:P + 4] = wanted[row] if row == 0 else wanted[row].clone()
-        batch.mask[row, :5] = 1
-    batch.tokens[0, P + 1] = next(iter(digits - {int(wanted[0, 1])}))
-    batch.tokens[7, P + 2] = 1  # the end token, too early
-    found = toy_task.oracle_values(learner, batch)
-    with torch.no_grad():
-        p = learner.actor(torch.cat([batch.tokens[:1, :P], wanted[:1]], 1)).logits[0, P - 1:].div(0.5).softmax(-1)
-    chance = [float(p[t, wanted[0, t]]) for t in range(4)]
-    for t in range(5):
-        written = [int(batch.tokens[0, P + s]) == int(wanted[0, s]) for s in range(t)]
-        total = sum(math.prod(c if r else 1 - c for c, r in zip(chance[t:], rest))
-                    for rest in itertools.product([0, 1], repeat=4 - t) if sum(written) + sum(rest) >= 3)
-        assert float(found[0, t]) == pytest.approx(total * float(p[4, 1]), abs=1e-5)
-    assert found[7, 2] > 0 and found[7, 3] == found[7, 4] == 0, "an answer that ends early has failed"
-
-
-@pytest.mark.parametrize("algo", ["asyppo", "grpo"])
-def test_any_run_can_be_drawn(run_of, tmp_path, capsys, algo):
-    """answers.html holds each token of six answers once, in order, as text and not as HTML, with its numbers."""
-    batch, parser, events = load_file(run_of(algo)[0] / "last_batch.safetensors"), HTMLParser(), []
-    tokenizer = types.SimpleNamespace(decode=lambda tokens: "".join(f"<script>&{token}" for token in tokens))
-    pictures.write_answers(tokenizer, batch, tmp_path / "answers.html")
-    parser.handle_starttag = lambda tag, attributes: events.append((tag, dict(attributes)))
-    parser.handle_data = lambda text: events.append((text, {}))
-    parser.feed((tmp_path / "answers.html").read_text(encoding="utf-8"))
-    tokens = [(text, shown) for (_, shown), (text, _) in zip(events, events[1:]) if "title" in shown]
-    rows, scores, T = pictures.telling_rows(batch), batch["rewards"].sum(1).tolist(), batch["mask"].shape[1]
-    ranked = sorted(scores, reverse=True)
-    assert [scores[row] for row in rows] == ranked[:3] + ranked[-3:] and len({*rows}) == 6
-    places = [(row, t) for row in rows for t in range(int(batch["mask"][row].sum()))]
-    assert [text for text, _ in tokens] == [f"<script>&{batch['tokens'][row, t - T]}" for row, t in places]
-    for (row, t), (_, shown) in zip(places, tokens):
-        names = ["values", "v_bar", "sigma", "advantages"] if algo == "asyppo" else ["advantages"]
-        numbers = [number for name in names for number in batch[name][..., row, t].flatten().tolist()]
-        assert list(map(float, re.findall(r"[+-]?\d+\.\d+", shown["title"]))) == pytest.approx(numbers, abs=6e-4)
-        for mark, keep in (("masked", "adv_keep"), ("filtered", "ent_keep")):
-            assert (mark in shown["class"]) == (mark in shown["title"]) == (batch[keep][row, t] == 0)
-    assert "script" not in dict(events)
-    assert pictures.part_to_show({"texts": "x" * 99, "v_bar": [1] * 70 + [0] * 29}) == (range(49, 89), 69)
-    assert pictures.part_to_show({"texts": "x" * 99}) == (range(40), None), "GRPO"
-    capsys.readouterr()
-    assert toy_task.main(["--draw", str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------- The experiment

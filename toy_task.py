@@ -9,11 +9,12 @@ same wrong digit. The actor has learned to write such answers. It passes about o
 learning has to find some 150 facts by pass or fail alone. Here critics have something to do: what one digit changes
 is lost in a reward per answer, while the value moves at exactly this digit.
 
-The mini-critics' base is a quarter of the actor's size and has read other texts: sheets solved without a mistake,
-sheets of all kinds of solvers with a running count of the right digits, then such sheets with nothing but their grade.
-It has learned to predict the grade at every token, as the critics of PPO usually start from a reward model. So it sees
-a wrong digit before it has seen any answer of the actor, and the facts reach the actor through the critics: the toy
-shows what a critic that knows is worth, not how it comes to know.
+The mini-critics have a quarter of the actor's size and have read other texts. Both start from one language model, which
+has read sheets solved without a mistake. Then each reads sheets of all kinds of solvers that the other has not seen:
+first with marks and a running count of the right digits, then with nothing but their grade. So a critic predicts the
+grade at every token, as the critics of PPO usually start from a reward model; it sees a wrong digit before it has seen
+any answer of the actor, and the facts reach the actor through the critics. The toy shows what critics that know are
+worth, not how they come to know.
 
 To asyppo.py this is a *task file*: `problems` and `reward` are all it needs. Extras are `models` of its own, levels
 (`choose_level`), metrics (`look`) and pictures (`draw`). figures/experiment.py asks which of the paper's claims hold.
@@ -29,14 +30,17 @@ import re
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers
+from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers import (AutoModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3ForSequenceClassification)
 
 # ------------------------------------------------------------------------------------------------- problems, reward
 
@@ -155,12 +159,7 @@ def graded(sheet: list[str], rng: random.Random) -> tuple[list, list[bool], floa
 
 # -------------------------------------------------------------------------------- tiny models and their pretraining
 
-TINY = {  # name: width, layers, learning rate, steps of language modelling, then of counting, then on grades
-    "actor": dict(width=128, layers=2, lr=2e-3, steps=500),
-    "critic": dict(width=64, layers=2, lr=4e-3, steps=300, count_steps=400, grade_steps=400),
-    "language": dict(width=64, layers=2, lr=4e-3, steps=300),  # the mini-critics' base before it has seen grades
-    "full": dict(width=128, layers=2, lr=2e-3, steps=300, count_steps=400, grade_steps=400),  # as large as the actor
-}
+STEPS = {"actor": 500, "language": 300, "full_language": 300, "counting": 200, "grades": 200}  # of 64 sheets each
 CACHE = Path(__file__).resolve().parent / "toy_models"  # if you change the recipe, delete what is in it
 
 
@@ -197,13 +196,13 @@ def fit(model, steps: int, lr: float, what: str, loss_of) -> float:
     return mean(losses[-20:])
 
 
-def tokens_of(tokenizer, sheets: list, answers: list) -> torch.Tensor:  # [64, SUMS + 1 + SUMS + 1]
+def tokens_of(tokenizer, sheets: list, answers: list) -> torch.Tensor:  # [sheets, SUMS + 1 + SUMS + 1]
     texts = [" ".join([*sheet, "=", *map(str, answer)]) for sheet, answer in zip(sheets, answers)]
     return torch.tensor(tokenizer(texts).input_ids)
 
 
-def read_answers(model, tokenizer, name: str, rng: random.Random, steps: int, lr: float) -> float:
-    """Language modelling: `steps` batches of 64 sheets with answers, the actor demonstrations, all others right ones.
+def read_answers(model, tokenizer, name: str, rng: random.Random, lr: float) -> float:
+    """Language modelling: batches of 64 sheets with answers, the actor demonstrations, all others right ones.
 
     In the actor's first half all demonstrators agree, as doubts are learned after the facts. The others begin with few
     facts, from which the form is learned: without that, some never got as far as the facts."""
@@ -212,7 +211,7 @@ def read_answers(model, tokenizer, name: str, rng: random.Random, steps: int, lr
     def loss(step):
         facts = few if name != "actor" and step < 100 else FACTS
         sheets = [rng.choices(facts, k=SUMS) for _ in range(64)]
-        if name == "actor" and step >= steps // 2:
+        if name == "actor" and step >= STEPS[name] // 2:
             answers = [demonstration(sheet, rng) for sheet in sheets]
         else:
             answers = [list(map(believed if name == "actor" else result, sheet)) for sheet in sheets]
@@ -221,62 +220,93 @@ def read_answers(model, tokenizer, name: str, rng: random.Random, steps: int, lr
         labels[:, :SUMS + 1] = -100  # no loss on the sheets: they are random
         return model(input_ids=tokens, labels=labels).loss
 
-    return fit(model, steps, lr, name, loss)
+    return fit(model, STEPS[name], lr, name, loss)
 
 
-def read_grades(critic, tokenizer, rng: random.Random, steps: int, lr: float, what: str, counting: bool) -> None:
-    """Regression of one number per token on `steps` batches of 64 graded answers: of how many digits are right so far
-    (counting), told after every digit, or of the grade, told from before the first digit to after the end."""
+def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr: float, stage: str) -> float:
+    """Value pretraining on every `parts`-th of 64 graded sheets a step, from number `part` on.
+
+    "counting": how many digits are right so far, told after every digit; and, read off the first layer, whether this
+    digit is right. Without that some never learned to count: a language model may look up its sums in the second of its
+    two layers, where it is too late to count what has been found. "grades": the chance to pass, as the sigmoid of the
+    score, from before the first digit to after the end."""
+    mark = critic.mark = torch.nn.Linear(critic.config.hidden_size, 1)
+
     def loss(step):
         sheets = [rng.choices(FACTS, k=SUMS) for _ in range(64)]
-        answers, right, grades = map(list, zip(*(graded(sheet, rng) for sheet in sheets)))
-        states = critic.model(input_ids=tokens_of(tokenizer, sheets, answers)).last_hidden_state
-        predicted = critic.score(states)[..., 0]  # [64, SUMS + 1 + SUMS + 1]
-        if counting:  # the count 0 to 12 as -1.5 to 1.5, as networks learn small numbers best
-            return (predicted[:, SUMS + 1:-1] - (torch.tensor(right).cumsum(1) / 4 - 1.5)).square().mean()
-        return (predicted[:, SUMS:] - torch.tensor(grades)[:, None]).square().mean()
+        marked = [graded(sheet, rng) for sheet in sheets][part - 1::parts]
+        answers, right, grades = zip(*marked)
+        states = critic.model(input_ids=tokens_of(tokenizer, sheets[part - 1::parts], answers),
+                              output_hidden_states=True)
+        score = critic.score(states.last_hidden_state)[..., 0]  # [sheets, SUMS + 1 + SUMS + 1]
+        if stage == "grades":
+            grades = torch.tensor(grades)[:, None].expand(-1, SUMS + 2)
+            return binary_cross_entropy_with_logits(score[:, SUMS:], grades)
+        right = torch.tensor(right).float()
+        seen = mark(states.hidden_states[1])[:, SUMS + 1:-1, 0]
+        count = right.cumsum(1) / 4 - 1.5  # 0 to 12 as -1.5 to 1.5: networks learn small numbers best
+        return (score[:, SUMS + 1:-1] - count).square().mean() + binary_cross_entropy_with_logits(seen, right)
 
     torch.nn.init.zeros_(critic.score.weight)
-    fit(critic, steps, lr, what, loss)
+    found = fit(critic, STEPS[stage], lr, f"critic {part} of {parts}, {stage}", loss)
+    del critic.mark
+    return found
 
 
-def pretrain(tokenizer, name: str, seed: str, width, layers, lr, steps, count_steps=0, grade_steps=0):
-    """A model of TINY: it reads answers; critics then learn to count (without, some saw little), and then to grade."""
-    rng = random.Random(f"{name}{seed}")
-    model = Qwen3ForCausalLM(make_config(tokenizer, width, layers))
-    # The doubts alone leave a loss of 0.30. An actor that learns the facts too late ends at 0.48 or more: once more.
-    for _ in range(3):
-        if read_answers(model, tokenizer, name, rng, steps, lr) < 0.35:
+def until_learned(read: Callable[[], float], enough: float) -> None:
+    """What ends with a larger loss is read again, at most four times."""
+    for _ in range(5):
+        if read() < enough:
             break
-    if not grade_steps:
+
+
+def pretrain(tokenizer, name: str, seed: str):
+    """The model `name` of the pretraining `seed` (see models)."""
+    width, lr = (128, 2e-3) if name.startswith(("actor", "full")) else (64, 4e-3)
+    torch.manual_seed(int(seed or 0) if name == "actor" else zlib.crc32(f"{seed} {name}".encode()))
+    if "_of_" not in name:
+        model, rng = Qwen3ForCausalLM(make_config(tokenizer, width, 2)), random.Random(f"{name}{seed}")
+        if name != "scratch":  # the doubts alone leave a loss of 0.30; without the facts it is 0.48 or more
+            until_learned(lambda: read_answers(model, tokenizer, name, rng, lr), 0.35)
         return model
-    critic = Qwen3ForSequenceClassification(make_config(tokenizer, width, layers, num_labels=1))
-    critic.model.load_state_dict(model.model.state_dict())
-    read_grades(critic, tokenizer, rng, count_steps, lr, f"{name}, counting", counting=True)
-    read_grades(critic, tokenizer, rng, grade_steps, lr / 2, f"{name}, on grades", counting=False)
+    size, part, _, parts = name.split("_")
+    critic = Qwen3ForSequenceClassification(make_config(tokenizer, width, 2, num_labels=1))
+    language = {"critic": "language", "full": "full_language"}[size]
+    critic.model.load_state_dict(AutoModel.from_pretrained(directory(language, seed)).state_dict())
+    rng = random.Random(f"sheets{seed}")
+    until_learned(lambda: read_grades(critic, tokenizer, rng, int(part), int(parts), lr, "counting"), 0.05)
+    read_grades(critic, tokenizer, rng, int(part), int(parts), lr / 2, "grades")
     return critic
 
 
-def models(environment=os.environ) -> tuple[str, str]:
-    """Directories of the pretrained toy actor and the mini-critics' base. They come with the repository, as another
-    machine's rounding makes other weights; any other is pretrained first, in two minutes or three: TOY_PRETRAINING (1,
-    2, ...) asks for other initial weights and texts, TOY_CRITIC for "language" (no grades) or "full" (actor's size)."""
-    seed, base = environment.get("TOY_PRETRAINING", ""), environment.get("TOY_CRITIC", "critic")
-    if not re.fullmatch(r"\d{0,9}", seed) or base not in ("critic", "language", "full"):
-        raise ValueError(f"TOY_PRETRAINING={seed} must be a number, TOY_CRITIC={base} one of critic, language, full")
-    folder, tokenizer, threads = CACHE / seed, make_tokenizer(), torch.get_num_threads()
-    for name in ("actor", base):
-        if not (folder / name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with torch.random.fork_rng(), tempfile.TemporaryDirectory(dir=CACHE) as beside:
-                torch.manual_seed(int(seed or 0))
-                torch.set_num_threads(1)  # another number gives other digits, and in the end another critic
-                pretrain(tokenizer, name, seed, **TINY[name]).save_pretrained(Path(beside) / name)
-                torch.set_num_threads(threads)
-                tokenizer.save_pretrained(Path(beside) / name)
-                if not (folder / name).exists():  # another run may just have made the same model
-                    os.replace(Path(beside) / name, folder / name)  # whole: a stopped run leaves nothing half-made
-    return str(folder / "actor"), str(folder / base)
+def directory(name: str, seed: str) -> str:
+    """Where the pretrained model `name` is. If it is not there, it is pretrained first."""
+    folder, tokenizer, threads = CACHE / seed / name, make_tokenizer(), torch.get_num_threads()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(), tempfile.TemporaryDirectory(dir=CACHE) as beside:
+            torch.set_num_threads(1)  # another number gives other digits, and in the end another critic
+            pretrain(tokenizer, name, seed).save_pretrained(Path(beside) / name)
+            torch.set_num_threads(threads)
+            tokenizer.save_pretrained(Path(beside) / name)
+            if not folder.exists():  # another run may just have made the same model
+                os.replace(Path(beside) / name, folder)  # whole: a stopped run leaves nothing half-made
+    return str(folder)
+
+
+def models(critics: int, environment=os.environ) -> tuple[str, list[str]]:
+    """Directories of the pretrained toy actor and of a base for each critic. They come with the repository, as another
+    machine's rounding makes other weights; others are pretrained first, in about a minute each. TOY_PRETRAINING (1, 2,
+    ...) asks for other initial weights and texts. TOY_CRITIC asks for other bases than "own", whose graded sheets are
+    dealt out to the critics: "same" (all are the first of two), "full" (of the actor's size), "language" (no grades),
+    "scratch" (nothing read)."""
+    seed, kind = environment.get("TOY_PRETRAINING", ""), environment.get("TOY_CRITIC", "own")
+    own, full = ([f"{size}_{m}_of_{critics}" for m in range(1, critics + 1)] for size in ("critic", "full"))
+    bases = {"own": own, "full": full, "same": ["critic_1_of_2"] * critics, "language": ["language"] * critics,
+             "scratch": ["scratch"] * critics}
+    if not re.fullmatch(r"\d{0,9}", seed) or kind not in bases:
+        raise ValueError(f"TOY_PRETRAINING={seed} must be a number, TOY_CRITIC={kind} one of {', '.join(bases)}")
+    return directory("actor", seed), [directory(name, seed) for name in bases[kind]]
 
 
 # ------------------------------------------------------------------------------------------------ true values, pictures

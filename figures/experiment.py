@@ -5,7 +5,7 @@ toy_task.py need none of it.
 
     python figures/experiment.py                   the main runs, into results.json, RESULTS.md and curves.png
     python figures/experiment.py --quick           some of them, one seed, into runs/quick/
-    python figures/experiment.py --extra           more ablations; --pretrainings: each seed with models of its own
+    python figures/experiment.py --extra           more ablations
     python figures/experiment.py --tune            the runs by which each algorithm's flags were chosen
     python figures/experiment.py --with-oracle ... asyppo.py ... with a critic that knows the true values
 """
@@ -33,50 +33,53 @@ import toy_task
 
 # -------------------------------------------------------------------------------------------------- runs and claims
 
-SEEDS = range(1, 9)
-MODEL_SEEDS = range(21, 29)  # each with models of its own
+SEEDS = range(1, 9)  # each with models of its own: the luck of a pretraining is larger than that of a run
 TUNING_SEEDS = range(901, 905)
-ANSWERS = 128  # an iteration: 16 prompts, 8 answers each
-CRITIC_BATCH = 32  # asyppo.py's default: answers per optimizer step of a critic
+ANSWERS = 128  # an iteration, whatever the group size
 
-# name: what comes before the flags of asyppo.py, if anything (KEY=VALUE for the environment, or --with-oracle), and the
-# flags, to which seed and directory are added. All else is asyppo.py's default, which was chosen by --tune.
-PPO = "TOY_CRITIC=full --algo naive"  # one critic as large as the actor, and pretrained like the mini-critics
+# name: what comes before the flags of asyppo.py, if anything (KEY=VALUE for the environment, or --with-...), and the
+# flags, to which seed and directory are added. All else is asyppo.py's default: AsyPPO's best, chosen by --tune.
+GROUPS = {2: "--prompts-per-step 64 --group-size 2", 4: "--prompts-per-step 32 --group-size 4",
+          8: "--prompts-per-step 16 --group-size 8"}
+GRPO = "--algo grpo"
+NAIVE = "--algo naive"  # one critic, which has read all graded sheets and learns from all answers
+FULL = "TOY_CRITIC=full --algo naive"  # the same, as large as the actor
 RUNS = {
     "asyppo": "",
-    "grpo": "--algo grpo",
-    "ppo": f"{PPO} --critic-batch 16",
-    "naive": "--algo naive",
-    "oracle": "--with-oracle --algo naive",
+    "grpo": GRPO,
     "no-mask": "--mask-k 0",
+    "naive": NAIVE,
     "mask-random": "--mask-by random",
     "mask-entropy": "--mask-by entropy",
-    "early": "--steps 8",  # for C8 and figures/tokens.png: answers while there are mistakes to see
+    "mask-true": "--with-true-mask --mask-by random",  # the tokens at which the true value is nearest to 0 or 1
+    "same": "TOY_CRITIC=same",  # both critics start from one checkpoint, the first of the two
+    "same-no-mask": "TOY_CRITIC=same --mask-k 0",
+    "half": "TOY_CRITIC=same --algo naive",  # one critic that has read half of the graded sheets
+    "oracle": "--with-oracle --algo naive",
 }
+RUNS |= {f"{name}-utd8": f"{RUNS[name]} --utd 8".strip()
+         for name in ("asyppo", "grpo", "no-mask", "mask-random", "mask-entropy", "mask-true")}
 EXTRA = {
-    **{f"{name}-utd8": f"{RUNS[name]} --utd 8".strip()
-       for name in ("asyppo", "grpo", "no-mask", "mask-random", "mask-entropy")},
-    **{f"{name}-G2": f"{RUNS[name]} --prompts-per-step 64 --group-size 2".strip() for name in ("asyppo", "grpo")},
-    # Twice or half the answers for each critic, in as many steps. On shared data, ours stay identical: sigma is 0, and
-    # two are one (on the seeds above, every digit is that of --critics 1 --critic-batch 64).
-    "shared": f"--shared-data --mask-k 0 --critic-batch {2 * CRITIC_BATCH}",
-    "four": f"--critics 4 --critic-batch {CRITIC_BATCH // 2}",
+    "full": FULL,
+    "four": "--critics 4 --critic-batch 16",  # a quarter of the answers for each, in as many steps
     "min": "--aggregate min",
-    "scratch": "--critic-scratch",
+    "scratch": "TOY_CRITIC=scratch",
     "language": "TOY_CRITIC=language",
     # The bonus three times as strong as by default, so that there is something to see.
     "no-bonus": "--entropy-coef 0",
     "bonus": "--entropy-coef 0.03",
     "bonus-plain": "--entropy-coef 0.03 --filter-h 0",
     "bonus-random": "--entropy-coef 0.03 --filter-by random",
+    "early": "--steps 8",  # for C8 and figures/tokens.png: answers while there are mistakes to see
 }
-QUICK = ["asyppo", "ppo", "grpo", "oracle", "early"]
-PRETRAININGS = ["asyppo", "grpo", "no-mask", "naive"]
-TUNED = ["asyppo", "naive", "ppo", "grpo", "oracle"]
-# The same grid for all; GRPO and the oracle train no critic. Chosen is, for each, what has the highest mean accuracy.
-TUNING = {f"tune-{name}-{lr}-{batch}": f"{flags} --lr {lr} --critic-batch {batch}".strip()
-          for name, flags in (RUNS | {"ppo": PPO}).items() if name in TUNED for lr in ("3e-4", "6e-4", "1e-3")
+QUICK = ["asyppo", "naive", "grpo", "oracle", "early"]
+# One grid for all; GRPO and the oracle train no critic. Chosen is, for each, what has the highest mean accuracy.
+TUNED = {"asyppo": "", "grpo": GRPO, "naive": NAIVE, "full": FULL, "oracle": RUNS["oracle"]}
+TUNING = {f"tune-{name}-{lr}-G{size}-{batch}": f"{flags} --lr {lr} {group} --critic-batch {batch}".strip()
+          for name, flags in TUNED.items() for lr in ("3e-4", "6e-4", "1e-3") for size, group in GROUPS.items()
           for batch in ((64,) if name in ("grpo", "oracle") else (16, 32, 64))}
+TUNING |= {f"tune8-{name}-{lr}-G{size}": f"{flags} --utd 8 --lr {lr} {group}".strip()
+           for name, flags in TUNED.items() for lr in ("1.5e-4", "3e-4", "6e-4") for size, group in GROUPS.items()}
 ALL = RUNS | EXTRA | TUNING
 
 # The paper's claims: number, what it says, and the difference whose sign decides, made of RUN:NUMBER (see numbers_of)
@@ -86,26 +89,32 @@ CLAIMS = [
     ("C1", "with every batch used 8 times, AsyPPO learns faster than GRPO", "asyppo-utd8:area - grpo-utd8:area"),
     ("C1", "and falls less far below its best", "grpo-utd8:fall - asyppo-utd8:fall"),
     ("C2", "mini-critics guide an actor of four times their size: faster than GRPO", "asyppo:area - grpo:area"),
-    ("C2", "pretrained mini-critics guide it better than randomly initialised ones", "asyppo:area - scratch:area"),
-    ("C2", "and so do such that have seen no grades, only right answers", "language:area - scratch:area"),
-    ("C3, C4", "no mask: two critics on halves guide better than one on everything", "no-mask:area - shared:area"),
-    ("C4", "AsyPPO learns faster than PPO with one mini-critic, in as many steps", "asyppo:area - naive:area"),
-    ("C4", "four do not guide better than two, in as many steps", "asyppo:area - four:area"),
+    ("C2", "critics that have read grades guide better than randomly initialised ones", "asyppo:area - scratch:area"),
+    ("C2", "and so do critics that have read right answers, but no grades", "language:area - scratch:area"),
+    ("C3", "critics with graded sheets of their own beat two from one checkpoint", "asyppo:area - same:area"),
+    ("C3", "and so they are without the mask", "no-mask:area - same-no-mask:area"),
+    ("C4", "two critics are better than one that has read as much as both", "asyppo:area - naive:area"),
+    ("C4", "and so they are without the mask", "no-mask:area - naive:area"),
+    ("C4", "two critics are better than one that has read half of the graded sheets", "asyppo:area - half:area"),
+    ("C4", "four are not better than two, in as many steps", "asyppo:area - four:area"),
     ("C5", "the mean of the critics guides better than their minimum", "asyppo:area - min:area"),
     ("C6", "at UTD 4, masking by sigma is better than no mask", "asyppo:area - no-mask:area"),
     ("C6", "at UTD 4, better than masking by entropy", "asyppo:area - mask-entropy:area"),
     ("C6", "at UTD 4, better than masking at random (a control)", "asyppo:area - mask-random:area"),
+    ("", "at UTD 4, masking where the true value is settled is better than no mask", "mask-true:area - no-mask:area"),
     ("C6", "at UTD 8, masking by sigma is better than no mask", "asyppo-utd8:area - no-mask-utd8:area"),
     ("C6", "at UTD 8, better than masking by entropy", "asyppo-utd8:area - mask-entropy-utd8:area"),
     ("C6", "at UTD 8, better than masking at random (a control)", "asyppo-utd8:area - mask-random-utd8:area"),
+    ("", "at UTD 8, masking where the true value is settled is better than no mask",
+     "mask-true-utd8:area - no-mask-utd8:area"),
     ("C7", "a plain entropy bonus (0.03) does harm", "no-bonus:area - bonus-plain:area"),
     ("C7", "the bonus filtered by sigma is better than the plain one", "bonus:area - bonus-plain:area"),
     ("C7", "and better than filtered at random (a control)", "bonus:area - bonus-random:area"),
     ("C8", "of the fifth with the lowest sigma, over half have low entropy (share - 1/2)", "early:low_entropy - 0.5"),
     ("C10", "AsyPPO ends above GRPO", "asyppo:final - grpo:final"),
-    ("C10", "and learns faster than PPO, whose full-size critic takes four times the steps", "asyppo:area - ppo:area"),
-    ("", "with 2 answers per prompt, AsyPPO learns faster than GRPO", "asyppo-G2:area - grpo-G2:area"),
+    ("C10", "and learns faster than PPO with a critic as large as the actor", "asyppo:area - full:area"),
     ("", "with a critic that knows the true values, PPO learns faster than AsyPPO", "oracle:area - asyppo:area"),
+    ("", "after 8 iterations, V_1 - V_2 varies by over 0.4 of what V_bar does", "early:spread - 0.4"),
 ]
 
 
@@ -128,6 +137,8 @@ def numbers_of(folder: Path) -> dict:
         sigma, entropy = (batch[name][valid].argsort(stable=True).argsort() for name in ("sigma", "entropy"))  # ranks
         kept["low_entropy"] = float((entropy[sigma < N // 5] < N // 2).float().mean())
         apart = (batch["values"] - batch["values"].mean(0))[:, valid].double()
+        first, *_, last = batch["values"][:, valid]
+        kept["spread"] = float((first - last).std() / batch["v_bar"][valid].std())
         kept["offset"] = float(apart.mean(1).square().mean() / apart.square().mean())  # the part that is one constant
     return kept
 
@@ -140,9 +151,9 @@ def command_of(name: str, seed: int, folder: Path) -> tuple[dict, list[str]]:
     words = ALL[name].split()
     given = dict(word.split("=") for word in words if word.startswith("TOY_"))
     flags = [word for word in words if not word.startswith("TOY_")]
-    script = Path(__file__ if "--with-oracle" in words else asyppo.__file__).resolve()
-    return ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOY_CRITIC": "critic",
-             "TOY_PRETRAINING": str(seed) if seed in MODEL_SEEDS else ""} | given,
+    script = Path(__file__ if flags and flags[0].startswith("--with-") else asyppo.__file__).resolve()
+    return ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOY_CRITIC": "own",
+             "TOY_PRETRAINING": str(seed)} | given,
             [sys.executable, str(script), *flags, "--seed", str(seed), "--out", str(folder)])
 
 
@@ -175,7 +186,9 @@ def experiment(where: Path, names, seeds, jobs: int) -> tuple[dict, list[str]]:
     todo = [(name, seed) for seed in seeds for name in names if str(seed) not in results.get(name, {})]
     (where / "runs").mkdir(parents=True, exist_ok=True)
     for name, seed in todo:  # the models are made here, not by two runs at once
-        toy_task.models(command_of(name, seed, where)[0])
+        environment, (_, _, *flags) = command_of(name, seed, where)
+        critics = asyppo.parse([flag for flag in flags if not flag.startswith("--with-")]).critics
+        toy_task.models(critics, environment)
     bar = tqdm(total=len(todo), desc="runs", smoothing=0.1)
     running = {}  # {process: run}
     try:
@@ -229,8 +242,8 @@ def claims_table(results: dict, seeds) -> str:
 
 
 COLUMNS = {"mean accuracy": "area", "at the end": "final", "largest fall": "fall", "entropy at the end": "entropy",
-           "sigma": "sigma", "of sigma squared, one constant": "offset", "variance explained": "explained_variance",
-           "by the true values": "oracle_explained"}
+           "sigma": "sigma", "of sigma squared, one constant": "offset", "spread": "spread",
+           "variance explained": "explained_variance", "by the true values": "oracle_explained"}
 
 
 def runs_table(results: dict, names, seeds) -> str:
@@ -248,47 +261,61 @@ def runs_table(results: dict, names, seeds) -> str:
 
 def report(results: dict) -> str:
     """The generated part of RESULTS.md."""
-    text = ""
-    for title, seeds in {"The repository's models": SEEDS, "Models of each seed's own": MODEL_SEEDS}.items():
-        if any(numbers(results, f"{name}:area", seeds) for name in RUNS):
-            text += f"## {title}\n\n{claims_table(results, seeds)}\n\n{runs_table(results, RUNS | EXTRA, seeds)}\n\n"
-    return text + "Not asked: C9 (`python figures/cost.py` measures it); C10 on mathematics, with long answers."
+    return (f"{claims_table(results, SEEDS)}\n\n{runs_table(results, RUNS | EXTRA, SEEDS)}\n\n"
+            "Not asked: C9 (`python figures/cost.py` measures it); C10 on mathematics, with long answers.")
 
 
 BEGIN = "<!-- generated by figures/experiment.py -->"  # in RESULTS.md, whose notes below the end stay
 END = "<!-- end -->"
 LINES = {"asyppo": ("asyppo: two mini-critics", "crimson"), "oracle": ("oracle: PPO, true values", "gray"),
-         "naive": ("naive: PPO, one mini-critic", "tab:orange"), "ppo": ("ppo: full-size critic", "tab:green"),
+         "naive": ("naive: PPO, one mini-critic", "tab:orange"), "full": ("full: PPO, full-size critic", "tab:green"),
          "grpo": ("grpo: no critic", "tab:blue"), "no-mask": ("no-mask: asyppo without mask", "tab:purple"),
          "language": ("language: critics without grades", "tab:brown"), "scratch": ("scratch: random critics", "black")}
-CURVES = {"Five algorithms": ["asyppo", "oracle", "naive", "ppo", "grpo"],
+CURVES = {"Five algorithms": ["asyppo", "oracle", "naive", "full", "grpo"],
           "What AsyPPO owes to its mask and to pretraining": ["asyppo", "no-mask", "language", "scratch", "grpo"]}
 
 
 def plot(results: dict, out: Path) -> None:
-    """curves.png: held-out accuracy by answers generated, mean of the seeds; of AsyPPO and GRPO, the range too."""
-    found = {name: numbers(results, f"{name}:curve", SEEDS).values() for name in LINES}
-    curves = {name: torch.tensor([*x]) for name, x in found.items() if x}  # [seeds, evaluations, 2]
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, 2), CURVES.items()):
-        space = math.inf  # labels stand at the lines' ends, from top to bottom, each below the one before
-        for name in sorted(curves.keys() & names, key=lambda name: -curves[name][:, -1, 1].mean()):
-            (label, color), (answers, accuracy) = LINES[name], curves[name].unbind(-1)
-            answers = answers[0] * ANSWERS
-            average, end = accuracy.mean(0).tolist(), float(answers[-1])
-            axis.plot(answers, average, ":" if name == "oracle" else "-", color=color,
-                      linewidth=4 if name == "asyppo" else 1.5, zorder=3 if name == "asyppo" else 2)
-            if name in ("asyppo", "grpo"):
-                axis.fill_between(answers, accuracy.amin(0), accuracy.amax(0), color=color, alpha=0.12, linewidth=0)
-            space = min(space - 0.06, average[-1])
-            axis.annotate(label, (end, average[-1]), (1.05 * end, space), annotation_clip=False, color=color,
-                          va="center", weight="bold" if name == "asyppo" else None,
-                          arrowprops=dict(arrowstyle="-", color=color, relpos=(0, 0.5)))
-            axis.set_xlim(0, end)
+    """curves.png: held-out accuracy by answers generated; and what a critic is worth that sees so much."""
+    figure = Figure(figsize=(20, 5.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    for axis, (title, names) in zip((left, middle), CURVES.items()):
+        plot_curves(axis, results, names)
         axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1.02), title=title)
+    for name in ("asyppo", "naive", "language", "scratch"):
+        area, sight = (numbers(results, f"{name}:{key}", SEEDS) for key in ("area", "sight"))
+        points = [(sight[seed][0], area[seed]) for seed in area if seed in sight]
+        if points:
+            right.plot(*zip(*points), "o", color=LINES[name][1], label=LINES[name][0])
+    if grpo := numbers(results, "grpo:area", SEEDS):
+        right.axhline(mean(grpo.values()), color=LINES["grpo"][1], label=LINES["grpo"][0])
+    right.set(xlabel="sight at the first evaluation (see toy_task.look)", ylabel="mean accuracy over the run",
+              title="A critic is worth what it sees (a dot for each run)")
+    right.legend()
+    for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.suptitle("A sheet of 12 sums, pass or fail (mean of the seeds; of AsyPPO and GRPO also the range)")
-    figure.savefig(out / "curves.png", dpi=110)
+    figure.suptitle("A sheet of 12 problems, pass or fail (mean of the seeds; of AsyPPO and GRPO also the range)")
+    figure.savefig(out / "curves.png", dpi=100)
+
+
+def plot_curves(axis, results: dict, names: list[str]) -> None:
+    """Means of the seeds; of AsyPPO and GRPO, the range, too. Labels stand at the lines' ends, one below the other."""
+    found = {name: numbers(results, f"{name}:curve", SEEDS).values() for name in names}
+    curves = {name: torch.tensor([*x]) for name, x in found.items() if x}  # [seeds, evaluations, 2]
+    space = math.inf
+    for name in sorted(curves, key=lambda name: -curves[name][:, -1, 1].mean()):
+        (label, color), (answers, accuracy) = LINES[name], curves[name].unbind(-1)
+        answers = answers[0] * ANSWERS
+        average, end = accuracy.mean(0).tolist(), float(answers[-1])
+        axis.plot(answers, average, ":" if name == "oracle" else "-", color=color,
+                  linewidth=4 if name == "asyppo" else 1.5, zorder=3 if name == "asyppo" else 2)
+        if name in ("asyppo", "grpo"):
+            axis.fill_between(answers, accuracy.amin(0), accuracy.amax(0), color=color, alpha=0.12, linewidth=0)
+        space = min(space - 0.06, average[-1])
+        axis.annotate(label, (end, average[-1]), (1.05 * end, space), annotation_clip=False, color=color, va="center",
+                      weight="bold" if name == "asyppo" else None,
+                      arrowprops=dict(arrowstyle="-", color=color, relpos=(0, 0.5)))
+        axis.set_xlim(0, end)
 
 
 def write_report(results: dict, out: Path) -> None:
@@ -312,16 +339,31 @@ def with_oracle(argv: list[str]) -> int:
     return asyppo.main(argv)
 
 
+def with_true_mask(argv: list[str]) -> int:
+    """asyppo.py with --mask-by random replaced: masked is where the true value V is most settled, by V * (1 - V)."""
+    true, real_values, real_signal = [], asyppo.critic_values, asyppo.signal_of
+
+    def critic_values(learner, batch):
+        true[:] = [toy_task.oracle_values(learner, batch)]
+        return real_values(learner, batch)
+
+    asyppo.critic_values = critic_values
+    asyppo.signal_of = lambda batch, name, generator: (
+        true[0] * (1 - true[0]) if name == "random" else real_signal(batch, name, generator))
+    return asyppo.main(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--with-oracle"]:
         return with_oracle(argv[1:])
+    if argv[:1] == ["--with-true-mask"]:
+        return with_true_mask(argv[1:])
     parser = argparse.ArgumentParser("experiment.py", description="The experiment. It goes on where it was stopped.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="some of the runs, one seed: at most ten minutes")
     which.add_argument("--tune", action="store_true", help="the runs by which each algorithm's flags were chosen")
     which.add_argument("--extra", action="store_true", help="more ablations, in another two hours or more")
-    which.add_argument("--pretrainings", action="store_true", help="some rows again, each seed with other models")
     parser.add_argument("--out", type=Path, help="where pictures and results go (default: figures, or runs/quick)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--with-oracle", action="store_true", help="as the first flag: run asyppo.py on true values")
@@ -334,8 +376,6 @@ def main(argv: list[str] | None = None) -> int:
         names, seeds = TUNING, TUNING_SEEDS
     elif given.extra:
         names = EXTRA
-    elif given.pretrainings:
-        names, seeds = PRETRAININGS, MODEL_SEEDS
     results, failed = experiment(out, names, seeds, max(1, given.jobs))
     if given.tune:  # for each algorithm the best first
         order = sorted(names, key=lambda x: (x.split("-")[1], -sum(numbers(results, f"{x}:area", seeds).values())))
