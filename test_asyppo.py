@@ -324,6 +324,11 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
         assert loss.isfinite() and far["logprobs"].grad.isfinite().all()
     empty = {k: torch.cat([v, torch.zeros(1, 9)]) if torch.is_tensor(v) else v for k, v in inputs.items()}
     assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
+    for shape in ((0, 9), (0, 0), (2, 0)):  # no answer at all, or no token
+        x = torch.zeros(shape, requires_grad=True)
+        (loss, stats), error = asyppo.policy_loss(*[x] * 7, clip=0.2, beta=0.3), asyppo.critic_loss(x, x, x)
+        (loss + error).backward()
+        assert loss == error == 0 and x.grad.shape == shape and [float(v) for v in stats.values()] == [0, 0, 0]
 
 
 def test_statistics_of_the_policy_loss():
@@ -354,6 +359,15 @@ def test_critic_loss_and_explained_variance():
 
 
 def test_half_precision_masks_count_right_and_half_precision_values_add_up_right():
+    one, far = torch.ones(1, 2).half(), torch.full((1, 2), 13.5).half()  # e^13.5 and 300^2 are beyond float16
+    for function in (lambda x: asyppo.policy_loss(x, 0 * x, torch.tensor([[1.0, -0.01]]).half(), *[one] * 4, 0.2, 0)[0],
+                     lambda x: asyppo.critic_loss(x * 22, 0 * x, one)):
+        leaves = [far.clone().requires_grad_(), far.double().requires_grad_()]
+        losses = [function(x) for x in leaves]
+        for loss in losses:
+            loss.backward()
+        assert losses[0].dtype == torch.float32 and losses[0].item() == pytest.approx(losses[1].item(), rel=1e-2)
+        assert torch.allclose(leaves[0].grad.double(), leaves[1].grad, rtol=1e-2)
     x, mask = torch.rand(3, 30000), torch.ones(3, 30000)
     assert torch.allclose(asyppo.critic_loss(x, x + 1, mask.half()), torch.tensor(1.0))
     x, mask = torch.rand(2, 257), torch.ones(2, 257)
@@ -627,6 +641,19 @@ def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
     assert torch.equal(weights(critics[0].backbone), weights(model.model))
 
 
+def test_a_saved_critic_by_its_name_on_the_hub_keeps_its_head(run_of, tmp_path, monkeypatch):
+    saved, snapshot = run_of("naive")[0] / "critic_1", tmp_path / "models--org--critic/snapshots/1"
+    shutil.copytree(saved, snapshot)
+    (tmp_path / "models--org--critic/refs").mkdir()
+    (tmp_path / "models--org--critic/refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert torch.equal(*(weights(asyppo.load_critic(name)) for name in (str(saved), "org/critic")))
+    (snapshot / "value_head.safetensors").unlink()  # or not in the cache, without a connection
+    for name in ("org/critic", str(snapshot)):
+        with pytest.raises(OSError):
+            asyppo.load_critic(name)
+
+
 def test_embeddings_are_shared_and_frozen_if_asked(tiny):
     learner = learner_of(tiny, shared_embeddings=True)
     tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
@@ -635,6 +662,10 @@ def test_embeddings_are_shared_and_frozen_if_asked(tiny):
     assert tables[0] is tables[1] and torch.equal(tables[0], before)
     assert not torch.equal(weights(learner.critics[1].backbone.layers), body)
     assert len({id(critic.backbone.get_input_embeddings().weight) for critic in learner_of(tiny).critics}) == 2
+    for algo, trained in (("asyppo", False), ("naive", False), ("ppo", True)):  # only ppo's critic is as the actor
+        flags = f"--algo {algo} --model {tiny}/actor --critic-layers 1 --max-new-tokens 10".split()
+        for critic in asyppo.make_learner(asyppo.parse(flags), FirstTokenTask).critics:
+            assert critic.backbone.get_input_embeddings().weight.requires_grad == trained
 
 
 # ------------------------------------------------------------------------------------------------------- 4 Rollouts
@@ -787,14 +818,20 @@ def three_algorithms(tiny):
     return found
 
 
-# One launch for two questions, as processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
+# One launch for three questions, as processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
 RANKS = """
 import os, sys, torch, asyppo, test_asyppo
 from pathlib import Path
 tiny, folder, *argv = sys.argv[1:]
 asyppo.join_processes()
 rank = asyppo.dist.get_rank()
-torch.save(test_asyppo.three_algorithms(Path(tiny)), f"{folder}/{rank}.pt")
+learner = test_asyppo.learner_of(Path(tiny))
+for parameter in learner.critics[0].parameters():
+    parameter.data += 1e-3 * rank  # drifted apart, as if by rounding
+batch, _ = asyppo.train_step(learner, 1)
+seen = [batch.values, batch.sigma, batch.advantages, batch.adv_keep, batch.ent_keep]
+apart = [test_asyppo.weights(learner.critics[0]), *seen]
+torch.save((test_asyppo.three_algorithms(Path(tiny)), apart), f"{folder}/{rank}.pt")
 real = asyppo.train_step
 asyppo.train_step = lambda learner, step, *rest: os._exit(1) if step == 5 and rank else real(learner, step, *rest)
 asyppo.join_processes = lambda: None
@@ -820,7 +857,8 @@ def alike(found, wanted):
 
 
 def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
-    first, second = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (first, a), (second, b) = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "their critics may differ, not their masks"
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
             assert alike(rows, wanted)
@@ -835,6 +873,11 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
     assert asyppo.main(["--resume", str(out)]) == 0 and alike(rows_of(out), rows_of(unstopped))
 
 
+class Silent:
+    def __repr__(self):
+        raise AssertionError("rows may be large, and hold objects with an address: never written out")
+
+
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     learner, digests = learner_of(tiny), []
     monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another checksum
@@ -843,6 +886,11 @@ def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
     counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
     assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
+    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [Silent() for _ in x["prompt"]]})
+    task = types.SimpleNamespace(problems=lambda *_: rows)
+    learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
+    assert digests[2] == digests[0], "of what training uses: token ids, not how Python writes the rest of a row"
+    asyppo.train_step(learner, 1)
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
@@ -885,10 +933,24 @@ def test_a_chat_as_the_model_sees_it(begin, template, shown):
     assert tokenizer.decode(asyppo.encode(tokenizer, "1+1?")) == ("<s>" if begin else "") + "1+1?"
     in_parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in CHAT]
     assert asyppo.encode(tokenizer, in_parts) == ids and asyppo.encode(tokenizer, ids) == ids
-    begun = tokenizer.decode(asyppo.encode(tokenizer, BEGUN))
-    assert begun.endswith("1+2=") and "1+2=<" not in begun, "an answer that is begun is continued"
+    assert asyppo.encode(tokenizer, tokenizer.decode(ids)) == ids, "text that has been through the template"
+    for content in ("1+2=", "Sums:\n")[:1 if template else 2]:
+        begun = tokenizer.decode(asyppo.encode(tokenizer, [*CHAT, {"role": "assistant", "content": content}]))
+        assert begun.endswith(content) and content + "<" not in begun, "an answer that is begun is continued"
     with pytest.raises(TypeError):
         asyppo.encode(tokenizer, [{"role": "user", "content": None}])
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_a_chat_template_that_takes_parts_or_leaves_out_a_role(plus):
+    part = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    parts = byte_tokenizer(template=CHATML.replace("{{ m.content }}", part))
+    for chat in (CHAT, BEGUN):
+        assert asyppo.encode(parts, chat) == asyppo.encode(byte_tokenizer(template=CHATML), chat)
+    content = "{{ '' + m.content }}" if plus else "{{ m.content }}"  # with + it takes no parts
+    no_system = CHATML.replace("in messages", "in messages if m.role != 'system'").replace("{{ m.content }}", content)
+    with pytest.raises(ValueError, match=r"leaves out a message: '<\|im_start\|>user\\n1\+1\?"):
+        asyppo.encode(byte_tokenizer(template=no_system), [{"role": "system", "content": "Be brief."}, *CHAT])
 
 
 def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
@@ -924,18 +986,23 @@ def texts_of(learner, ids, width):
         torch.tensor([ids]), *[torch.ones(1, length)] * 5, torch.tensor([[width, length]])))
 
 
-def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
+def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny, capsys):
     learner, breaks = learner_of(tiny), set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
     for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
         model.get_input_embeddings().num_embeddings = 1000
     for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
                                    (None, [5, 6], {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
-        asyppo.load_problems(learner, task_with([prompt]), "train", 1, "")
-        assert set(learner.end_ids) == ends
+        for split in ("train", "test"):
+            asyppo.load_problems(learner, task_with([prompt]), split, 1, "")
+        told = capsys.readouterr().out.count("has no chat template: a line break ends an answer")
+        assert set(learner.end_ids) == ends and told == (ends > {1}), "told once"
     learner.end_ids = [1, *breaks]
-    for text in ("12\n", "12"):
-        assert texts_of(learner, [0, *byte_tokenizer()(text).input_ids], 1) == ["12"]
+    tidy = ("clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    vars(learner.tokenizer).update(dict.fromkeys(tidy, True))
+    for text, ids in ((text, learner.tokenizer(text).input_ids) for text in ("12\n", "12", " x != y , 1 . 5")):
+        assert texts_of(learner, [0, *ids], 1) == [text.strip("\n")], "as written, even if the tokenizer tidies up"
+    assert learner.tokenizer.decode(ids) == " x!= y, 1. 5"
     llama = Tokenizer(BPE({c: i for i, c in enumerate("?!_def():retun\n")}, merges=[]))  # its decoder strips a space
     llama.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, PreTrainedTokenizerFast(
@@ -1129,7 +1196,7 @@ def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_c
 
 # ------------------------------------------------------------------------------------------------------- 8 The run
 
-def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
+def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     learner, asked = learner_of(tiny, eval_problems=20), []
     learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
     assert asyppo.evaluate(learner)[0] == 0.25 == asyppo.evaluate(learner)[0]
@@ -1140,6 +1207,10 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
     other.test_problems, other.reward = learner.test_problems, learner.reward
     assert asyppo.evaluate(other)[0] == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
+    assert "held-out" not in capsys.readouterr().out
+    rows, which = FirstTokenTask.problems("train", 0), {"train": range(40), "test": range(30, 50)}
+    learner_of(tiny, types.SimpleNamespace(reward=len, problems=lambda split, _: rows.select(which[split])))
+    assert "warning: 10 of 20 held-out prompts are also in the training split\n" in capsys.readouterr().out
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1219,7 +1290,8 @@ def unstopped(tiny, tmp_path_factory):
 
 
 def same_result(out, unstopped):
-    ours, theirs = ((run / "actor/model.safetensors").read_bytes() for run in (out, unstopped))
+    files = ("actor/model.safetensors", "critic_2/value_head.safetensors", "last_batch.safetensors")
+    ours, theirs = ([(run / file).read_bytes() for file in files] for run in (out, unstopped))
     return ours == theirs and rows_of(out) == rows_of(unstopped)
 
 
@@ -1238,9 +1310,11 @@ def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
 
 @pytest.mark.parametrize("step, code, said", [  # ctrl-C before the first checkpoint and after it; a full disk
     (2, 130, "goes on from its last checkpoint with --resume"), (5, 130, "goes on from its last checkpoint"),
-    (6, 2, "the checkpoint of step 6 ... No space left")])
-def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped, tmp_path, capsys, step, code, said):
-    out, train_step, save = tmp_path / "run", asyppo.train_step, torch.save
+    (6, 2, "the checkpoint of step 6 ... No space left"), (8, 2, "the checkpoint of step 8"),
+    (9, 130, "goes on from its last checkpoint")])  # as soon as the last one is there
+def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code,
+                                                                said):
+    out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
 
     def interrupted(learner, now, *rest):
         if now == step and code == 130:
@@ -1252,14 +1326,21 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped,
             Path(path).write_bytes(b"half of")
             raise OSError(28, "No space left on device")
         save(state, path)
+
+    def replaced(source, path):
+        replace(source, path)
+        if step == 9 and path.name == "checkpoint.pt" and len(rows_of(out)) == step:
+            raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replaced)
         patch.setattr(asyppo, "train_step", interrupted)
         patch.setattr(torch, "save", full_disk)
         assert asyppo.main(arguments(tiny, out, *LONGER)) == code
     told = capsys.readouterr().err
     assert all(part in told for part in said.split(" ... ")) and "Traceback" not in told
-    assert not list(out.glob("*.unfinished"))
-    assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
+    assert not list(out.glob("*.unfinished")) and not (out / "actor").exists()
+    assert asyppo.main(["--resume", str(out), "--task", str(tiny / "drawing.py")]) == 0 and same_result(out, unstopped)
+    assert (out / "tokens.png").exists()
 
 
 def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
@@ -1268,6 +1349,9 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
+    assert [row["step"] for row in rows_of(unstopped) if row.get("explained_variance") is not None] == [
+        row["step"] for row in rows_of(unstopped) if row["step"] in (1, 2, 4, 6, 8) and 0 < row["reward"] < 1] != [], \
+        "the critics predict in the warm-up and where a run evaluates"
     with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), check_model=id, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
@@ -1296,7 +1380,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path
 
 # -------------------------------------------------------------------------------------------------- 9 Command line
 
-def test_presets_are_nothing_but_defaults():
+def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
     for algo, preset in asyppo.PRESETS.items():
         for more, defaults, out in (([], {}, ""), (["--model", "x"], asyppo.MODEL_DEFAULTS, "x-")):
             config = asyppo.parse(["--algo", algo, *more])
@@ -1308,6 +1392,11 @@ def test_presets_are_nothing_but_defaults():
         assert asyppo.parse(["--critic-warmup", "4", "--steps", steps]).critic_warmup == warmup
     config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
     assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+    monkeypatch.setattr(asyppo.RunConfig.__dataclass_fields__["task"], "default", "/100%/%s{0}/task.py")
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit, match="0"):
+        asyppo.parse(["--help"])
+    assert "(default: /100%/%s{0}/task.py)" in capsys.readouterr().out, "a path may hold anything"
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -1318,6 +1407,7 @@ def test_presets_are_nothing_but_defaults():
     ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
     (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
+    *((f"--{flag}=", f"--{flag} is empty") for flag in ("resume", "critic-model", "out")),
     ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags")])
 def test_bad_flags_are_one_line(fails, flags, said):
     fails(said, *flags.split())
@@ -1668,7 +1758,7 @@ def as_reader(tmp_path, monkeypatch, run_of):
     for kind, text in FENCES:
         if kind == "python" and (name := re.match(r"# (\w+\.py)\n", text)):
             Path(name[1]).write_text(text)
-    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2020-01-02"}\n' * 8)
+    Path("my_problems.jsonl").write_text("\ufeff" + '{"prompt": "1 2", "answer": "2020-01-02"}\n \n' * 8, "utf-8")
     shutil.copytree(run_of("asyppo")[0], "runs/asyppo-0")
     random_model("llama", vocabulary=272).save_pretrained("llm")
     byte_tokenizer(template=CHATML).save_pretrained("llm")
@@ -1681,8 +1771,10 @@ def test_readme_tasks(as_reader):
     row = next(row for row in task.problems("train", 0) if "Ann" in row["question"])
     assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
     for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0),
-                            ("1234", 0), ("", 0)]:
+                            ("1234", 0), ("", 0), ("Answer: 1,234.00", 1), ("Answer: 1234 Answer: 1234.5", 0),
+                            ("Answer: 1234/2", 0), ("Answer: 12340", 0), ("Answer: -1234", 0)]:
         assert task.reward(response, row) == value
+    assert not any(task.reward(f"Answer: {x}", {"answer": y}) for x, y in (("12.5", "12"), ("1/2", "1"), ("1/2", "2")))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
