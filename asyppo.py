@@ -923,7 +923,7 @@ def end_ids(model, tokenizer) -> list[int]:
             turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
             rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
             found |= set(tokenizer(rest, add_special_tokens=False).input_ids[:1]) & set(tokenizer.added_tokens_decoder)
-    return sorted(found - {None})
+    return sorted(i for i in found - {None} if i >= 0)  # some configurations say -1 for none
 
 
 def load_task(path: str):
@@ -971,15 +971,15 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
         return prompt
     chat = [m if isinstance(m["content"], str) else m | {"content": "".join(part["text"] for part in m["content"])}
             for m in prompt]  # a message may come in parts; one without text is an error here
-    begun = chat[-1]["role"] == "assistant"
+    begun, last = chat[-1]["role"] == "assistant", chat[-1]["content"]
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in chat)
         return ids_of(text[:-2] if begun else text)
     how = dict(add_generation_prompt=not begun, continue_final_message=begun, tokenize=False, enable_thinking=False)
-    in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
-    for messages in (chat, in_parts):  # some templates write only messages made of parts, others fail at them
-        with contextlib.suppress(Exception):
+    for messages in (chat, [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]):
+        with contextlib.suppress(Exception):  # some templates write only messages made of parts, others fail at them
             text = tokenizer.apply_chat_template(messages, **how)
+            text += "" if not begun or text.endswith(last) else last[len(last.rstrip()):]  # some strip what they write
             if all(m["content"].strip() in text for m in chat if m["role"] != "assistant"):
                 return ids_of(text)
     raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")

@@ -818,7 +818,7 @@ def three_algorithms(tiny):
     return found
 
 
-# One launch for three questions, as processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
+# One launch for three questions: processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
 RANKS = """
 import os, sys, torch, asyppo, test_asyppo
 from pathlib import Path
@@ -829,9 +829,8 @@ learner = test_asyppo.learner_of(Path(tiny))
 for parameter in learner.critics[0].parameters():
     parameter.data += 1e-3 * rank  # drifted apart, as if by rounding
 batch, _ = asyppo.train_step(learner, 1)
-seen = [batch.values, batch.sigma, batch.advantages, batch.adv_keep, batch.ent_keep]
-apart = [test_asyppo.weights(learner.critics[0]), *seen]
-torch.save((test_asyppo.three_algorithms(Path(tiny)), apart), f"{folder}/{rank}.pt")
+seen = [test_asyppo.weights(learner.critics[0]), batch.values, batch.sigma, batch.adv_keep, batch.ent_keep]
+torch.save((test_asyppo.three_algorithms(Path(tiny)), seen), f"{folder}/{rank}.pt")
 real = asyppo.train_step
 asyppo.train_step = lambda learner, step, *rest: os._exit(1) if step == 5 and rank else real(learner, step, *rest)
 asyppo.join_processes = lambda: None
@@ -858,7 +857,7 @@ def alike(found, wanted):
 
 def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
     (first, a), (second, b) = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "their critics may differ, not their masks"
+    assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "critics may differ, not masks"
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
             assert alike(rows, wanted)
@@ -873,11 +872,6 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
     assert asyppo.main(["--resume", str(out)]) == 0 and alike(rows_of(out), rows_of(unstopped))
 
 
-class Silent:
-    def __repr__(self):
-        raise AssertionError("rows may be large, and hold objects with an address: never written out")
-
-
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     learner, digests = learner_of(tiny), []
     monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another checksum
@@ -886,11 +880,12 @@ def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
     counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
     assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
-    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [Silent() for _ in x["prompt"]]})
+    silent = type("Silent", (), {"__repr__": lambda self: 1 / 0})()  # whole rows may be large: never written out
+    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [silent] * len(x["prompt"])})
     task = types.SimpleNamespace(problems=lambda *_: rows)
     learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
-    assert digests[2] == digests[0], "of what training uses: token ids, not how Python writes the rest of a row"
     asyppo.train_step(learner, 1)
+    assert digests[2] == digests[0], "of what training uses, token ids"
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
@@ -934,7 +929,7 @@ def test_a_chat_as_the_model_sees_it(begin, template, shown):
     in_parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in CHAT]
     assert asyppo.encode(tokenizer, in_parts) == ids and asyppo.encode(tokenizer, ids) == ids
     assert asyppo.encode(tokenizer, tokenizer.decode(ids)) == ids, "text that has been through the template"
-    for content in ("1+2=", "Sums:\n")[:1 if template else 2]:
+    for content in ("1+2=", "Sums:\n"):
         begun = tokenizer.decode(asyppo.encode(tokenizer, [*CHAT, {"role": "assistant", "content": content}]))
         assert begun.endswith(content) and content + "<" not in begun, "an answer that is begun is continued"
     with pytest.raises(TypeError):
@@ -945,8 +940,10 @@ def test_a_chat_as_the_model_sees_it(begin, template, shown):
 def test_a_chat_template_that_takes_parts_or_leaves_out_a_role(plus):
     part = "{% for part in m.content %}{{ part.text }}{% endfor %}"
     parts = byte_tokenizer(template=CHATML.replace("{{ m.content }}", part))
-    for chat in (CHAT, BEGUN):
-        assert asyppo.encode(parts, chat) == asyppo.encode(byte_tokenizer(template=CHATML), chat)
+    trimming = byte_tokenizer(template=CHATML.replace("m.content", "m.content | trim"))
+    for chat in (CHAT, BEGUN, [*CHAT, {"role": "assistant", "content": "Sums:\n"}]):
+        for tokenizer in (parts, trimming):
+            assert asyppo.encode(tokenizer, chat) == asyppo.encode(byte_tokenizer(template=CHATML), chat)
     content = "{{ '' + m.content }}" if plus else "{{ m.content }}"  # with + it takes no parts
     no_system = CHATML.replace("in messages", "in messages if m.role != 'system'").replace("{{ m.content }}", content)
     with pytest.raises(ValueError, match=r"leaves out a message: '<\|im_start\|>user\\n1\+1\?"):
@@ -965,7 +962,7 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
 
 def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, None, -1], 1
     assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 1, tokenizer.eos_token_id})
     model, tokenizer = random_model(), byte_tokenizer()
     for template, more in [(CHATML, ["<|im_end|>"]),  # a base model's: its end token is </s>
@@ -1207,10 +1204,10 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
     other.test_problems, other.reward = learner.test_problems, learner.reward
     assert asyppo.evaluate(other)[0] == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
-    assert "held-out" not in capsys.readouterr().out
     rows, which = FirstTokenTask.problems("train", 0), {"train": range(40), "test": range(30, 50)}
     learner_of(tiny, types.SimpleNamespace(reward=len, problems=lambda split, _: rows.select(which[split])))
-    assert "warning: 10 of 20 held-out prompts are also in the training split\n" in capsys.readouterr().out
+    told = re.findall("warning: .* held-out .*", capsys.readouterr().out)
+    assert told == ["warning: 10 of 20 held-out prompts are also in the training split"]
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1310,10 +1307,8 @@ def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
 
 @pytest.mark.parametrize("step, code, said", [  # ctrl-C before the first checkpoint and after it; a full disk
     (2, 130, "goes on from its last checkpoint with --resume"), (5, 130, "goes on from its last checkpoint"),
-    (6, 2, "the checkpoint of step 6 ... No space left"), (8, 2, "the checkpoint of step 8"),
-    (9, 130, "goes on from its last checkpoint")])  # as soon as the last one is there
-def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code,
-                                                                said):
+    (6, 2, "the checkpoint of step 6 ... No space left"), (9, 130, "goes on from its last checkpoint")])  # the last one
+def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code, said):
     out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
 
     def interrupted(learner, now, *rest):
@@ -1349,9 +1344,8 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
-    assert [row["step"] for row in rows_of(unstopped) if row.get("explained_variance") is not None] == [
-        row["step"] for row in rows_of(unstopped) if row["step"] in (1, 2, 4, 6, 8) and 0 < row["reward"] < 1] != [], \
-        "the critics predict in the warm-up and where a run evaluates"
+    for row in rows_of(unstopped)[1:]:  # the critics predict in the warm-up and where a run evaluates
+        assert (row["explained_variance"] is None) == (row["step"] in (3, 5, 7) or row["reward"] in (0, 1))
     with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), check_model=id, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
