@@ -807,14 +807,14 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def saying(what: str):
-    """An error in here becomes one line that begins with `what`; so does a call of exit() in a user's file."""
+def saying(what: str, shown=""):
+    """An error in here becomes one line that begins so; so does a call of exit() in a user's file."""
     try:
         yield
     except (UserError, KeyboardInterrupt, torch.OutOfMemoryError):  # main knows what to say of these
         raise
     except BaseException as error:  # a verifier's timeout may be no Exception
-        raise UserError(f"{what}: {in_one_line(error)}") from error
+        raise UserError(f"{what}{str(shown)[:300]}: {in_one_line(error)}") from error
 
 
 def in_one_line(error: BaseException) -> str:
@@ -865,15 +865,15 @@ def load_critic(name: str, layers: int = 0, reward_range: tuple[float, float] | 
     if not given, is what the checkpoint was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
     model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
-    trained_for = getattr(model.config, "reward_range", None) or reward_range or (0.0, 1.0)
-    if reward_range and tuple(trained_for) != tuple(reward_range):
-        raise ValueError(f"it was trained for rewards from {trained_for[0]} to {trained_for[1]}: give these as "
-                         "--reward-min and --reward-max")
-    critic = MiniCritic(model.base_model, trained_for, generator)
+    saved = getattr(model.config, "reward_range", None)  # by a run, with a head
+    if reward_range and saved and tuple(saved) != tuple(reward_range):
+        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: give these as --reward-min and "
+                         "--reward-max")
+    critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
     if graded:
         critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
-    elif saved := file_of(name, "value_head.safetensors"):
-        critic.head.load_state_dict(load_file(saved))
+    elif saved or file_of(name, "value_head.safetensors"):
+        critic.head.load_state_dict(load_file(cached_file(name, "value_head.safetensors")))
     return critic
 
 
@@ -915,7 +915,7 @@ def end_ids(model, tokenizer) -> list[int]:
             turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
             rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
             found |= set(tokenizer(rest, add_special_tokens=False).input_ids[:1]) & set(tokenizer.added_tokens_decoder)
-    return sorted(found - {None})
+    return sorted(i for i in found - {None} if i >= 0)  # some configurations say -1 for none
 
 
 def load_task(path: str):
@@ -936,7 +936,7 @@ def load_task(path: str):
 def checked(reward: Callable, low: float, high: float) -> Callable:
     """The task's reward(), which must return a finite number in this range; if not, the error shows the problem."""
     def call(text: str, example: dict) -> float:
-        with saying(f"reward() failed for {str(example)[:300]}"):
+        with saying("reward() failed for ", example):
             value = float(reward(text, copy.deepcopy(example)))  # whatever it does to its row
             if not abs(value) < 1e15:  # NaN, infinite, or so when squared in float32
                 raise ValueError(f"it returned {value}, not a finite number")
@@ -963,17 +963,18 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
         return prompt
     chat = [m if isinstance(m["content"], str) else m | {"content": "".join(part["text"] for part in m["content"])}
             for m in prompt]  # a message may come in parts; one without text is an error here
-    begun = chat[-1]["role"] == "assistant"
+    begun, last = chat[-1]["role"] == "assistant", chat[-1]["content"]
     if not tokenizer.chat_template:
         text = "".join(m["content"] + ("\n\n" if m["role"] == "assistant" else "\n") for m in chat)
         return ids_of(text[:-2] if begun else text)
-    in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
-    for messages in (chat, in_parts):  # some templates write only messages made of parts
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=not begun, continue_final_message=begun,
-                                             tokenize=False, enable_thinking=False)
-        if all(m["content"].strip() in text for m in chat if m["role"] != "assistant"):
-            return ids_of(text)
-    raise ValueError(f"the chat template leaves out a message: {text!r}")
+    how = dict(add_generation_prompt=not begun, continue_final_message=begun, tokenize=False, enable_thinking=False)
+    for messages in (chat, [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]):
+        with contextlib.suppress(Exception):  # some templates write only messages made of parts, others fail at them
+            text = tokenizer.apply_chat_template(messages, **how)
+            text += "" if not begun or text.endswith(last) else last[len(last.rstrip()):]  # some strip what they write
+            if all(m["content"].strip() in text for m in chat if m["role"] != "assistant"):
+                return ids_of(text)
+    raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")
 
 
 def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
@@ -1094,9 +1095,8 @@ def make_learner(config: RunConfig, task) -> Learner:
         print(f"warning: {both} of {len(learner.test_problems)} held-out prompts are also in the training split")
     if torch.cuda.is_available() and not (config.micro_batch_tokens and config.sample_batch):
         longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-        tokens, answers = fit_into_memory(learner, longest)
-        sizes = dict(micro_batch_tokens=config.micro_batch_tokens or tokens,
-                     sample_batch=config.sample_batch or answers)
+        fitting = zip(sizes, fit_into_memory(learner, longest))
+        sizes = {name: getattr(config, name) or size for name, size in fitting}
     learner.config = replace(config, level=level, **sizes)
     held_out = min(config.eval_problems, len(learner.test_problems))
     print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "

@@ -316,14 +316,19 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
     loss = asyppo.policy_loss(**filtered)[0]
     loss.backward()
     assert loss.item() == pytest.approx(clean.item()) and filtered["entropy"].grad.isfinite().all()
-    for old in (-800.0, 800.0):  # a ratio that overflows
+    for old in (-800.0, 800.0, math.inf):  # a ratio that overflows, or a token that by now is impossible
         far = {**inputs, "logprobs": inputs["logprobs"].clone().requires_grad_(),
                "old_logprobs": torch.full_like(inputs["logprobs"], old), "advantages": inputs["adv_keep"] * 1.0}
-        loss = asyppo.policy_loss(**far)[0]
+        loss, stats = asyppo.policy_loss(**far)
         loss.backward()
-        assert loss.isfinite() and far["logprobs"].grad.isfinite().all()
+        assert all(x.isfinite().all() for x in (loss, far["logprobs"].grad, *stats.values()))
     empty = {k: torch.cat([v, torch.zeros(1, 9)]) if torch.is_tensor(v) else v for k, v in inputs.items()}
     assert float(asyppo.policy_loss(**empty)[0]) == pytest.approx(float(clean) * 6 / 7)
+    for shape in ((0, 9), (0, 0), (2, 0)):  # no answer at all, or no token
+        x = torch.zeros(shape, requires_grad=True)
+        (loss, stats), error = asyppo.policy_loss(*[x] * 7, clip=0.2, beta=0.3), asyppo.critic_loss(x, x, x)
+        (loss + error).backward()
+        assert loss == error == 0 and x.grad.shape == shape and [float(v) for v in stats.values()] == [0, 0, 0]
 
 
 def test_statistics_of_the_policy_loss():
@@ -354,6 +359,12 @@ def test_critic_loss_and_explained_variance():
 
 
 def test_half_precision_masks_count_right_and_half_precision_values_add_up_right():
+    one, far = torch.ones(1, 2).half(), torch.full((1, 2), 13.5).half().requires_grad_()
+    policy, _ = asyppo.policy_loss(far, 0 * far, torch.tensor([[1.0, -0.01]]).half(), *[one] * 4, 0.2, 0)
+    critic = asyppo.critic_loss(20 * far, 0 * far, one)
+    (policy + critic).backward()  # e^13.5 and 270^2 are beyond float16
+    assert [policy.item(), critic.item()] == pytest.approx([(0.01 * math.exp(13.5) - 1.2) / 2, 270 ** 2], rel=1e-3)
+    assert far.grad[0].tolist() == pytest.approx([5400, 5400 + 0.005 * math.exp(13.5)], rel=1e-3)
     x, mask = torch.rand(3, 30000), torch.ones(3, 30000)
     assert torch.allclose(asyppo.critic_loss(x, x + 1, mask.half()), torch.tensor(1.0))
     x, mask = torch.rand(2, 257), torch.ones(2, 257)
@@ -663,6 +674,22 @@ def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
     assert torch.equal(weights(critics[0].backbone), weights(model.model))
 
 
+def test_a_saved_critic_by_its_name_on_the_hub_keeps_its_head(run_of, tmp_path, monkeypatch):
+    saved, snapshot = run_of("naive")[0] / "critic_1", tmp_path / "models--org--critic/snapshots/1"
+    shutil.copytree(saved, snapshot)
+    (tmp_path / "models--org--critic/refs").mkdir()
+    (tmp_path / "models--org--critic/refs/main").write_text("1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert torch.equal(*(weights(asyppo.load_critic(name)) for name in (str(saved), "org/critic")))
+    for limits in ((-1, 1), (0, 2)):
+        with pytest.raises(ValueError, match="it was trained for rewards from 0.0 to 1.0"):
+            asyppo.load_critic("org/critic", reward_range=limits)
+    (snapshot / "value_head.safetensors").unlink()  # or not in the cache, without a connection
+    for name in ("org/critic", str(snapshot)):
+        with pytest.raises(OSError):
+            asyppo.load_critic(name)
+
+
 def test_embeddings_are_shared_and_frozen_if_asked(tiny):
     learner = learner_of(tiny, shared_embeddings=True)
     tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
@@ -671,6 +698,10 @@ def test_embeddings_are_shared_and_frozen_if_asked(tiny):
     assert tables[0] is tables[1] and torch.equal(tables[0], before)
     assert not torch.equal(weights(learner.critics[1].backbone.layers), body)
     assert len({id(critic.backbone.get_input_embeddings().weight) for critic in learner_of(tiny).critics}) == 2
+    for algo, trained in (("asyppo", False), ("naive", False), ("ppo", True)):  # only ppo's critic is as the actor
+        flags = f"--algo {algo} --model {tiny}/actor --critic-layers 1 --max-new-tokens 10".split()
+        for critic in asyppo.make_learner(asyppo.parse(flags), FirstTokenTask).critics:
+            assert critic.backbone.get_input_embeddings().weight.requires_grad == trained
 
 
 # ------------------------------------------------------------------------------------------------------- 4 Rollouts
@@ -823,14 +854,19 @@ def three_algorithms(tiny):
     return found
 
 
-# One launch for two questions, as processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
+# One launch for three questions: processes take long to start. Rank 1 dies at step 5, after the checkpoint of step 3.
 RANKS = """
 import os, sys, torch, asyppo, test_asyppo
 from pathlib import Path
 tiny, folder, *argv = sys.argv[1:]
 asyppo.join_processes()
 rank = asyppo.dist.get_rank()
-torch.save(test_asyppo.three_algorithms(Path(tiny)), f"{folder}/{rank}.pt")
+learner = test_asyppo.learner_of(Path(tiny))
+for parameter in learner.critics[0].parameters():
+    parameter.data += 1e-3 * rank  # drifted apart, as if by rounding
+batch, _ = asyppo.train_step(learner, 1)
+seen = [test_asyppo.weights(learner.critics[0]), batch.values, batch.sigma, batch.adv_keep, batch.ent_keep]
+torch.save((test_asyppo.three_algorithms(Path(tiny)), seen), f"{folder}/{rank}.pt")
 real = asyppo.train_step
 asyppo.train_step = lambda learner, step, *rest: os._exit(1) if step == 5 and rank else real(learner, step, *rest)
 asyppo.join_processes = lambda: None
@@ -856,7 +892,8 @@ def alike(found, wanted):
 
 
 def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
-    first, second = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    (first, a), (second, b) = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "critics may differ, not masks"
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
             assert alike(rows, wanted)
@@ -879,6 +916,15 @@ def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
     counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
     assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
+    for first in (3, 5):
+        asyppo.load_problems(learner, task_with([[first], [4]]), "train", 1, "")
+    assert digests.pop() != digests.pop(), "of every row"
+    silent = type("Silent", (), {"__repr__": lambda self: 1 / 0})()  # whole rows may be large: never written out
+    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [silent] * len(x["prompt"])})
+    task = types.SimpleNamespace(problems=lambda *_: rows)
+    learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
+    asyppo.train_step(learner, 1)
+    assert digests[2] == digests[0], "of what training uses, token ids"
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
@@ -921,10 +967,23 @@ def test_a_chat_as_the_model_sees_it(begin, template, shown):
     assert tokenizer.decode(asyppo.encode(tokenizer, "1+1?")) == ("<s>" if begin else "") + "1+1?"
     in_parts = [{**m, "content": [{"type": "text", "text": c} for c in m["content"]]} for m in CHAT]
     assert asyppo.encode(tokenizer, in_parts) == ids and asyppo.encode(tokenizer, ids) == ids
-    begun = tokenizer.decode(asyppo.encode(tokenizer, BEGUN))
-    assert begun.endswith("1+2=") and "1+2=<" not in begun, "an answer that is begun is continued"
+    assert asyppo.encode(tokenizer, tokenizer.decode(ids)) == ids, "text that has been through the template"
+    for content in ("1+2=", "Sums:\n"):
+        begun = tokenizer.decode(asyppo.encode(tokenizer, [*CHAT, {"role": "assistant", "content": content}]))
+        assert begun.endswith(content) and content + "<" not in begun, "an answer that is begun is continued"
     with pytest.raises(TypeError):
         asyppo.encode(tokenizer, [{"role": "user", "content": None}])
+
+
+def test_a_chat_template_that_takes_parts_or_strips_or_leaves_out_a_role():
+    for content in ("{% for part in m.content %}{{ part.text }}{% endfor %}", "{{ m.content | trim }}"):
+        tokenizer = byte_tokenizer(template=CHATML.replace("{{ m.content }}", content))
+        for chat in (CHAT, BEGUN, [*CHAT, {"role": "assistant", "content": "Sums:\n"}]):
+            assert asyppo.encode(tokenizer, chat) == asyppo.encode(byte_tokenizer(template=CHATML), chat)
+    for content in ("{{ m.content }}", "{{ '' + m.content }}"):  # the second takes no parts
+        no_system = CHATML.replace("messages", "messages if m.role != 'system'").replace("{{ m.content }}", content)
+        with pytest.raises(ValueError, match=r"leaves out a message: '<\|im_start\|>user\\n1\+1\?"):
+            asyppo.encode(byte_tokenizer(template=no_system), [{"role": "system", "content": "Be brief."}, *CHAT])
 
 
 def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
@@ -935,12 +994,16 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
     for prompt in ("1+1=", CHAT, BEGUN):
         assert asyppo.encode(appending, prompt) == asyppo.encode(plain, prompt)
     assert asyppo.encode(plain, "1</s>")[-1] == plain.eos_token_id, "one that the prompt itself ends with stays"
+    appending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> <s> $A", special_tokens=[("<|im_start|>", 2), ("<s>", 0)])  # two, as ChatGLM's
+    for text, added in (("1", [2, 0]), ("<|im_start|>1<s>", [2, 0]), ("<|im_start|><s>1", [])):
+        assert asyppo.encode(appending, text) == added + asyppo.encode(plain, text)
 
 
 def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3], 1
-    assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 1, tokenizer.eos_token_id})
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, 0, None, -1], 1
+    assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 0, 1, tokenizer.eos_token_id})
     model, tokenizer = random_model(), byte_tokenizer()
     for template, more in [(CHATML, ["<|im_end|>"]),  # a base model's: its end token is </s>
                            ("{% for m in messages %}{{ m.content }}!{% endfor %}", []),  # "!" is no special token
@@ -960,18 +1023,24 @@ def texts_of(learner, ids, width):
         torch.tensor([ids]), *[torch.ones(1, length)] * 5, torch.tensor([[width, length]])))
 
 
-def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny):
+def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny, capsys):
     learner, breaks = learner_of(tiny), set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
     for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
         model.get_input_embeddings().num_embeddings = 1000
     for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
                                    (None, [5, 6], {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
-        asyppo.load_problems(learner, task_with([prompt]), "train", 1, "")
-        assert set(learner.end_ids) == ends
+        for split in ("train", "test"):
+            asyppo.load_problems(learner, task_with([prompt]), split, 1, "")
+        told = capsys.readouterr().out.count("has no chat template: a line break ends an answer")
+        assert set(learner.end_ids) == ends and told == (ends > {1}), "told once"
     learner.end_ids = [1, *breaks]
-    for text in ("12\n", "12"):
-        assert texts_of(learner, [0, *byte_tokenizer()(text).input_ids], 1) == ["12"]
+    tidy = ("clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    vars(learner.tokenizer).update(dict.fromkeys(tidy, True))
+    for text, ids in ((text, learner.tokenizer(text).input_ids) for text in ("12\n", "12", " x != y , 1 . 5")):
+        assert texts_of(learner, [0, *ids], 1) == [text.strip("\n")], "as written, even if the tokenizer tidies up"
+    assert learner.tokenizer.decode(ids) == " x!= y, 1. 5"
+    assert texts_of(learner, learner.tokenizer("\u00e9").input_ids, 1) == ["\u00e9"], "the prompt is half of a letter"
     llama = Tokenizer(BPE({c: i for i, c in enumerate("?!_def():retun\n")}, merges=[]))  # its decoder strips a space
     llama.decoder = decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     ids, learner.tokenizer, learner.end_ids = llama.encode("def_f():\n____return_e!").ids, PreTrainedTokenizerFast(
@@ -1166,7 +1235,7 @@ def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_c
 
 # ------------------------------------------------------------------------------------------------------- 8 The run
 
-def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
+def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     learner, asked = learner_of(tiny, eval_problems=20), []
     learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
     assert asyppo.evaluate(learner)[0] == 0.25 == asyppo.evaluate(learner)[0]
@@ -1177,6 +1246,9 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny):
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
     other.test_problems, other.reward = learner.test_problems, learner.reward
     assert asyppo.evaluate(other)[0] == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
+    rows, which = FirstTokenTask.problems("train", 0), {"train": range(40), "test": [*range(30, 50), 39]}
+    learner_of(tiny, types.SimpleNamespace(reward=len, problems=lambda split, _: rows.select(which[split])))
+    assert re.findall(r"warning: (.*) held-out prompts are also in the tr", capsys.readouterr().out) == ["11 of 21"]
 
 
 METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
@@ -1256,7 +1328,8 @@ def unstopped(tiny, tmp_path_factory):
 
 
 def same_result(out, unstopped):
-    ours, theirs = ((run / "actor/model.safetensors").read_bytes() for run in (out, unstopped))
+    files = ("actor/model.safetensors", "critic_2/value_head.safetensors", "last_batch.safetensors")
+    ours, theirs = ([(run / file).read_bytes() for file in files] for run in (out, unstopped))
     return ours == theirs and rows_of(out) == rows_of(unstopped)
 
 
@@ -1275,9 +1348,9 @@ def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
 
 @pytest.mark.parametrize("step, code, said", [  # ctrl-C before the first checkpoint and after it; a full disk
     (2, 130, "goes on from its last checkpoint with --resume"), (5, 130, "goes on from its last checkpoint"),
-    (6, 2, "the checkpoint of step 6 ... No space left")])
-def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped, tmp_path, capsys, step, code, said):
-    out, train_step, save = tmp_path / "run", asyppo.train_step, torch.save
+    (6, 2, "the checkpoint of step 6 ... No space left"), (9, 130, "goes on from its last checkpoint")])  # the last one
+def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code, said):
+    out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
 
     def interrupted(learner, now, *rest):
         if now == step and code == 130:
@@ -1289,14 +1362,22 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_checkpoint(tiny, unstopped,
             Path(path).write_bytes(b"half of")
             raise OSError(28, "No space left on device")
         save(state, path)
+
+    def replaced(source, path):
+        replace(source, path)
+        if step == 9 and path.name == "checkpoint.pt" and len(rows_of(out)) == step:
+            raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replaced)
         patch.setattr(asyppo, "train_step", interrupted)
         patch.setattr(torch, "save", full_disk)
         assert asyppo.main(arguments(tiny, out, *LONGER)) == code
     told = capsys.readouterr().err
     assert all(part in told for part in said.split(" ... ")) and "Traceback" not in told
-    assert not list(out.glob("*.unfinished"))
-    assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
+    assert not list(out.glob("*.unfinished")) and not (out / "actor").exists()
+    drawing = ["--task", str(tiny / "drawing.py")] * (step == 9)
+    assert asyppo.main(["--resume", str(out), *drawing]) == 0 and same_result(out, unstopped)
+    assert (out / "tokens.png").exists() == (step == 9)
 
 
 def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
@@ -1305,6 +1386,10 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
+    for row in rows_of(unstopped)[1:]:  # the critics predict in the warm-up and where a run evaluates
+        assert (row["explained_variance"] is None) == (row["step"] in (3, 5, 7) or row["reward"] in (0, 1))
+    batch, tokens = load_file(unstopped / "last_batch.safetensors"), rows_of(unstopped)[-1]["response_length"]
+    assert float(batch["mask"].sum(1).mean()) == tokens != rows_of(unstopped)[3]["response_length"], "the last"
     with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), check_model=id, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
@@ -1333,7 +1418,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path
 
 # -------------------------------------------------------------------------------------------------- 9 Command line
 
-def test_presets_are_nothing_but_defaults():
+def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
     for algo, preset in asyppo.PRESETS.items():
         for more, defaults, out in (([], {}, ""), (["--model", "x"], asyppo.MODEL_DEFAULTS, "x-")):
             config = asyppo.parse(["--algo", algo, *more])
@@ -1345,6 +1430,11 @@ def test_presets_are_nothing_but_defaults():
         assert asyppo.parse(["--critic-warmup", "4", "--steps", steps]).critic_warmup == warmup
     config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
     assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+    monkeypatch.setattr(asyppo.RunConfig.__dataclass_fields__["task"], "default", "/100%/%s{0}/task.py")
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit, match="0"):
+        asyppo.parse(["--help"])
+    assert "(default: /100%/%s{0}/task.py)" in capsys.readouterr().out, "a path may hold anything"
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -1355,6 +1445,8 @@ def test_presets_are_nothing_but_defaults():
     ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
     (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
+    *((f"--{flag}=", f"--{flag} is empty") for flag in ("resume", "critic-model", "out")),
+    ("--reward-min 1", "reward_min 1.0 must be below reward_max 1.0"),
     ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags")])
 def test_bad_flags_are_one_line(fails, flags, said):
     fails(said, *flags.split())
@@ -1662,7 +1754,7 @@ def as_reader(tmp_path, monkeypatch, run_of):
     for kind, text in FENCES:
         if kind == "python" and (name := re.match(r"# (\w+\.py)\n", text)):
             Path(name[1]).write_text(text)
-    Path("my_problems.jsonl").write_text('{"prompt": "1 2", "answer": "2020-01-02"}\n' * 8)
+    Path("my_problems.jsonl").write_text("\ufeff" + '{"prompt": "1 2", "answer": "2020-01-02"}\n \n' * 8, "utf-8")
     shutil.copytree(run_of("asyppo")[0], "runs/asyppo-0")
     random_model("llama", vocabulary=272).save_pretrained("llm")
     byte_tokenizer(template=CHATML).save_pretrained("llm")
@@ -1675,8 +1767,10 @@ def test_readme_tasks(as_reader):
     row = next(row for row in task.problems("train", 0) if "Ann" in row["question"])
     assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
     for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0),
-                            ("1234", 0), ("", 0)]:
+                            ("1234", 0), ("", 0), ("Answer: 1,234.00", 1), ("Answer: 1234 Answer: 1234.5", 0),
+                            ("Answer: 1234/2", 0), ("Answer: 12340", 0), ("Answer: -1234", 0)]:
         assert task.reward(response, row) == value
+    assert not any(task.reward(f"Answer: {x}", {"answer": y}) for x, y in (("12.5", "12"), ("1/2", "1"), ("1/2", "2")))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
