@@ -972,7 +972,7 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
         with contextlib.suppress(Exception):  # some templates write only messages made of parts, others fail at them
             text = tokenizer.apply_chat_template(messages, **how)
             text += "" if not begun or text.endswith(last) else last[len(last.rstrip()):]  # some strip what they write
-            if all(m["content"].strip() in text for m in chat if m["role"] != "assistant"):
+            if all(m["content"].strip() in text for m in chat if m["role"] in ("system", "user")):
                 return ids_of(text)
     raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")
 
