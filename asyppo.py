@@ -79,8 +79,8 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
     no two critics get the same answer. Who gets which is random; how many differs by one at most:
 
     >>> assign_shards(2, 3, 2, torch.Generator().manual_seed(0)).view(2, 3)
-    tensor([[0, 1, 0],
-            [1, 1, 0]])
+    tensor([[0, 0, 1],
+            [1, 0, 1]])
 
     Returns owner [num_prompts * group_size], long, on the CPU: answer g of prompt p belongs to critic
     owner[p * group_size + g]. Raises ValueError when there are fewer answers per prompt than critics."""

@@ -1,6 +1,7 @@
 """Tests of asyppo.py, toy_task.py and figures/. Formulas are compared with plain loops in float64."""
 import collections
 import copy
+import doctest
 import functools
 import inspect
 import itertools
@@ -160,6 +161,11 @@ def with_nan_padding(x, mask):
 
 
 # ------------------------------------------------------------------------------------------------------ 1 Equations
+
+def test_worked_examples():
+    found = doctest.testmod(asyppo)
+    assert found.attempted >= 4 and found.failed == 0
+
 
 @pytest.mark.parametrize("prompts, group, critics", [(5, 8, 2), (7, 5, 2), (6, 8, 3), (4, 3, 3), (3, 4, 1)])
 def test_shards_are_disjoint_even_and_see_every_prompt(prompts, group, critics):
@@ -1072,6 +1078,8 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     flags += " --max-new-tokens 8 --utd 2 --prompts-per-step 2 --group-size 2 --lr 1e-3 --micro-batch-tokens 900"
     assert asyppo.main(flags.split()) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
+    assert "4 answers a step and 4 an evaluation, of at most 8 tokens" in told
+    assert re.search(r"step 2  eval_accuracy 0 .* kl .* seconds .*\n.* \| .{0,40} \| reward 0\n", told), told
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
     count, layers = sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers
     assert re.search(rf"actor +{count:,} parameters .*\ncritic 1 .*\ncritic 2 ", told)
