@@ -27,9 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import asyppo
 import toy_task
 
-torch.backends.cuda.matmul.allow_tf32 = True  # as asyppo.py's main does
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 
 def ours(seed: int, iterations: int, flags: list[str]) -> list[float]:
     learner, laps = asyppo.make_learner(asyppo.parse(["--algo", "grpo", "--seed", str(seed), *flags]), toy_task), []
@@ -44,7 +41,7 @@ def ours(seed: int, iterations: int, flags: list[str]) -> list[float]:
 
 def trls(seed: int, iterations: int, flags: list[str]) -> list[float]:
     config, marks = asyppo.parse(["--algo", "grpo", *flags]), []  # when each optimizer step began, and the end
-    actor = config.model or toy_task.models()[0]
+    actor = config.model or toy_task.models(0)[0]
     batch, tokenizer = config.prompts_per_step * config.group_size, AutoTokenizer.from_pretrained(actor)
     rows = toy_task.problems("train", seed, config.level if config.model else "symbols")
     rows = rows.map(lambda row: {"prompt": tokenizer.decode(asyppo.encode(tokenizer, row["prompt"]))})

@@ -26,8 +26,6 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForC
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import asyppo
 
-torch.backends.cuda.matmul.allow_tf32 = True  # as asyppo.py's main does
-torch.backends.cuda.enable_cudnn_sdp(False)
 PHASES = ["rollout", "critic", "actor"]
 
 

@@ -2,7 +2,8 @@
 
     python figures/mask.py [--seeds 1 2 3 4] [--steps 40]    prints a table; about ten minutes of one core
 
-Runs AsyPPO at UTD 4 and 8. In every iteration, of the tokens that a mask takes and of those that it keeps:
+Runs AsyPPO at UTD 4 and 8, each seed with models of its own. In every iteration, of the tokens that a mask takes and of
+those that it keeps:
   moved      mean of abs(log pi after the iteration - log pi before it)
   deciding   share of digits whose being right or wrong alone decided the sheet: with nine right ones every wrong digit,
              with ten every right one
@@ -16,6 +17,7 @@ The masks: by sigma (the one that was trained with), by sigma when each critic's
 (`centred`; nothing was trained with it), by entropy and at random. `moved` is only given for the mask in use.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     for utd in (4, 8):
         sums = {}
         for seed in given.seeds:
+            os.environ["TOY_PRETRAINING"] = str(seed)
             config = asyppo.parse(["--seed", str(seed), "--utd", str(utd)])
             learner = asyppo.make_learner(config, asyppo.load_task(config.task))
             for step in range(1, given.steps + 1):

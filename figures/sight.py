@@ -52,7 +52,7 @@ def ladder(given, answers: int = 32) -> dict:
         if level not in found:
             problems = asyppo.load_problems(learner, toy_task, "train", 1, level)[:answers]
             then = time.perf_counter()
-            batch = asyppo.sample_and_grade(learner, problems, range(answers), asyppo.seeded(0, "levels"))
+            batch = asyppo.sample_and_grade(learner, problems, range(answers), 1, asyppo.seeded(0, "levels"))
             texts = asyppo.answer_texts(learner, batch)
             prompt, answer = batch.sizes.float().mean(0).tolist()  # tokens
             found[level] = {
@@ -82,8 +82,8 @@ def batches_of(given) -> list[asyppo.Batch]:
         path = given.out / f"answers-{given.level}-{i}.safetensors"
         if not path.exists():
             learner = learner or learner_for(given.model, given.level, ["--algo", "grpo", *given.more])
-            index = torch.arange(16 * i, 16 * (i + 1)).repeat_interleave(8).tolist()
-            batch = asyppo.sample_and_grade(learner, learner.train_problems, index, asyppo.seeded(0, i))
+            batch = asyppo.sample_and_grade(learner, learner.train_problems, range(16 * i, 16 * (i + 1)), 8,
+                                            asyppo.seeded(0, i))
             save_file({key: x.contiguous() for key, x in vars(batch).items() if x is not None}, path)
         kept.append(asyppo.Batch(**load_file(path)))
         kept[-1].returns = kept[-1].rewards.sum(1, keepdim=True) * kept[-1].mask  # gamma 1
@@ -165,8 +165,7 @@ def probe(given, batches: list) -> dict:
     states, outcomes = {n: [] for n in layers}, []
     for i in (0, 1, 2, 3, 4, 5, 12, 13):
         collected = {n: [] for n in layers}
-        for index in asyppo.microbatches(batches[i], 4096):
-            part = batches[i].rows(index)
+        for _, part in asyppo.microbatches(batches[i], 4096):
             with asyppo.mixed_precision(torch.device("cpu")):
                 output = model(input_ids=part.tokens, attention_mask=part.attention, use_cache=False,
                                position_ids=asyppo.positions(part.attention), output_hidden_states=True)
