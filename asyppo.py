@@ -3,8 +3,8 @@
 PPO trains a language model (the *actor*) with the help of a second network (the *critic*), which predicts at every
 token how well the answer will end. A critic as large as the actor is expensive and, with one reward at the end of a
 long answer, often wrong. GRPO drops it: every token of an answer gets the same credit. AsyPPO keeps credit per token
-with two small *mini-critics*, each trained on its own half of every prompt's answers. One iteration (M critics, G
-answers per prompt), with the paper's reasons:
+with two small *mini-critics* ("asymmetric"), each trained on its own half of every prompt's answers. One iteration,
+with M critics, G answers per prompt, and pi_old for the actor as it was when it sampled:
 
     answers  = G samples per prompt from the actor, each graded (0 or 1) at its end          generate
     shards   = every prompt's answers, dealt out to the M critics                            assign_shards
@@ -12,15 +12,15 @@ answers per prompt), with the paper's reasons:
     V_bar    = mean over the critics, for every token                                        aggregate
     sigma    = standard deviation over the critics, for every token                          disagreement
     A        = generalized advantage estimation on V_bar                                     gae, whiten
-    adv_keep = all tokens but the 20 % with the lowest sigma: nothing left to learn there    advantage_mask
-    ent_keep = all tokens but the 20 % with the highest sigma: exploring there is noise      entropy_filter
+    adv_keep = 0 on the 20 % of tokens with the lowest sigma (little left to learn), else 1  advantage_mask
+    ent_keep = 0 on the 20 % with the highest sigma (exploring there is noise), else 1       entropy_filter
     utd times: a gradient step of the actor on the whole batch, rho = pi_theta / pi_old      policy_loss
         maximises  adv_keep * min(rho * A, clip(rho) * A) + beta * ent_keep * entropy,
         averaged over the tokens of each answer, then over the answers
 
-    python asyppo.py                         the toy task on a laptop, in about a minute
+    python asyppo.py                         the toy on a laptop, in a minute: sheets of small sums, passed or failed
     python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
-    python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same arithmetic in words (or --help)
+    python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same task in words (or --help)
 
 This file, in reading order                                 The paper's symbols, and ours
   1 Equations      plain functions of tensors: copy them      q, o, o_t    prompt, answer, its tokens: one action each
@@ -76,7 +76,7 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
     """Group-level disjoint shards: which critic is trained on which answer.
 
     Every critic gets answers to *every* prompt (a split by prompt would leave each blind to half of the prompts), but
-    no two critics get the same answer. Who gets which is random; how many differs by one at most:
+    no two critics get the same answer. Who gets which is random; the critics' counts differ by at most one:
 
     >>> assign_shards(2, 3, 2, torch.Generator().manual_seed(0)).view(2, 3)
     tensor([[0, 0, 1],
@@ -101,12 +101,12 @@ def gae(rewards, values, mask, gamma, lam):
     where the length limit cut an answer off: it is graded as it stands, and no more reward can come. A right answer of
     three tokens and one of padding; lam 0 gives one-step TD errors, lam 1 the reward minus V(s_t):
 
-    >>> values = torch.tensor([[0.5, 0.25, 0.75, 9]])
-    >>> [gae(torch.tensor([[0, 0, 1, 0]]), values, values < 9, gamma=1, lam=lam)[0].tolist() for lam in (0, 1)]
+    >>> rewards, values, mask = torch.tensor([[[0, 0, 1, 0]], [[0.5, 0.25, 0.75, 9]], [[1, 1, 1, 0]]])
+    >>> [gae(rewards, values, mask, gamma=1, lam=lam)[0].tolist() for lam in (0, 1)]
     [[[-0.25, 0.5, 0.25, 0.0]], [[0.5, 0.75, 0.25, 0.0]]]
 
     Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
-    both [B, T], at least float32. Positions with mask 0 are skipped, wherever they are; both are 0 there."""
+    both [B, T], at least float32, and 0 where mask is 0. Such positions are skipped, wherever they are."""
     valid = mask.bool()
     dtype = torch.promote_types(values.dtype, torch.float32)  # long sums go wrong in bf16
     rewards = rewards.to(dtype).masked_fill(~valid, 0)
@@ -124,12 +124,12 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(x, mask):
-    """x [B, T] brought to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere, and everywhere
+    """Normalise x [B, T] to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere, and everywhere
     if the valid tokens do not differ.
 
     One learning rate then fits easy and hard batches. But if all answers get the same reward, the advantages are only
-    the critics' error, and whitening brings it to the size of any other advantage. The paper is silent on whitening; it
-    is usual for PPO. It comes before the advantage mask, so that masking tokens does not rescale the others."""
+    the critics' error, which whitening inflates to full size. The paper is silent on whitening; it is usual for PPO.
+    It comes before the advantage mask, so that masking tokens does not rescale the others."""
     valid = mask.bool()
     kept = x[valid]
     if len(kept) == 0 or kept.min() == kept.max():  # rounding would be blown up to a deviation of 1
@@ -152,7 +152,7 @@ def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
     Population standard deviation, so that one critic gives 0, not NaN; for two it is half the distance between them.
-    Part of it is no uncertainty: of each answer, one critic has just been fitted to the ending, the others not."""
+    Some of sigma is not uncertainty: of each answer, one critic has just learned the outcome, the others have not."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -161,23 +161,23 @@ def advantage_mask(sigma, mask, k):
     the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    the more often a batch is reused. Where they differ most, much is left to learn: these tokens keep their advantage.
-    (On the toy the mask costs accuracy: figures/RESULTS.md.) The paper is silent on what is ranked: we rank all answer
-    tokens of the batch together. Two of five tokens are masked here; the last one is padding:
+    the more often a batch is reused. Where they differ most, tokens still learn from the reward; entropy_filter only
+    takes away their push towards randomness. (What the toy finds: figures/RESULTS.md.) The paper is silent on what is
+    ranked: we rank all answer tokens of the batch together. Here two of five are masked; the last one is padding:
 
     >>> sigma = torch.tensor([[0.3, 0.1, 0.2], [0.4, 0.5, 0.0]])
     >>> advantage_mask(sigma, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), k=0.4).tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 
-    Of N valid tokens floor(k * N) are masked (k = 0: none); of equals, the first. If sigma is the same everywhere (one
-    critic, or identical ones), every valid token is kept. Raises ValueError for a k outside [0, 1]."""
+    Of N valid tokens floor(k * N) are masked (k = 0: none). Among equals, the first in the batch are. If sigma is the
+    same everywhere (one critic, or identical ones), nothing is. Raises ValueError for a k outside [0, 1]."""
     if not 0 <= k <= 1:
         raise ValueError(f"k must be a share between 0 and 1, not {k}")
     valid = mask.bool()
     ranked = sigma[valid]
     keep = torch.ones_like(ranked)
     if len(ranked) and ranked.min() != ranked.max():
-        keep[ranked.argsort(stable=True)[:int(k * len(ranked) + 1e-9)]] = 0  # 0.29 * 100 is 28.999...
+        keep[ranked.argsort(stable=True)[:int(k * len(ranked) + 1e-9)]] = 0  # else int(0.29 * 100) is 28
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -186,8 +186,8 @@ def entropy_filter(sigma, mask, h):
     the result are [B, T].
 
     Where the critics disagree most, says the paper, the state is only loosely tied to the outcome: more entropy there
-    only makes answers more random, so these tokens get no entropy bonus. Counted and ranked as in advantage_mask, from
-    the other end. Raises ValueError for an h outside [0, 1]."""
+    makes answers more random, and nothing else. Counted and ranked as in advantage_mask, from the other end. Raises
+    ValueError for an h outside [0, 1]."""
     if not 0 <= h <= 1:
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
@@ -212,14 +212,14 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
       clip_fraction  the share of tokens with rho outside 1 +- clip
       kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)"""
     valid = mask.bool()
-    # Zeroed before exp: exp of a padded inf would send NaN (0 * inf) back through the gradient. So would a ratio that
-    # overflows: with log rho beyond 20 a token gets no gradient. (PPO proper has one if its advantage is negative.)
+    # Padding is zeroed before exp, as exp of an inf would send NaN (0 * inf) back through the gradient. So would a
+    # ratio that overflows; the clamp differs from PPO only where rho > e^20 and A < 0: there it stops the gradient.
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # in float16, e^12 overflows
     log_ratio = (logprobs.to(dtype) - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~valid, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    bonus = beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)
+    bonus = beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)  # what is filtered may be infinite
     per_token = (adv_keep * surrogate + bonus).masked_fill(~valid, 0)
     per_answer = per_token.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
     loss = -per_answer.sum() / max(1, len(mask))
@@ -251,11 +251,12 @@ class Batch:
         column       0    1    2    3     4    5    6    7
         tokens     [pad   q    q    q  | o_0  o_1  END  pad]     END is o_2: stopping is an action, too
         attention  [ 0    1    1    1  |  1    1    1    0 ]
-        mask                           [  1    1    1    0 ]     t = 0 1 2 3: made from lengths, not from pad tokens
-                                 \\     \\    \\
-        the state s_t is at       3     4    5                   one column before its token o_t, at P - 1 + t:
-        and predicts             o_0   o_1  o_2                  logprobs[:, t]
-        and is worth          V(s_0) V(s_1) V(s_2)               values[:, :, t]
+        t                                 0    1    2    3
+        mask                           [  1    1    1    0 ]     made while sampling, not from the ids of pad tokens
+
+        s_t is read at column             3    4    5            P - 1 + t: one column *before* its token
+        and predicts                     o_0  o_1  o_2           logprobs[:, t]
+        and has the value                V_0  V_1  V_2           values[:, :, t]
     """
 
     tokens: torch.Tensor     # [B, P+T] long
@@ -265,7 +266,7 @@ class Batch:
     entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
     truncated: torch.Tensor  # [B] bool: the length limit came before an end token
     sizes: torch.Tensor      # [B, 2] long: tokens of prompt and answer; this and `problem` are on the CPU
-    # The rest is added by sample_and_grade (the first two) and by train_step.
+    # sample_and_grade adds the next two; train_step adds the others, timed_step (section 8) `predicted`.
     problem: torch.Tensor = None     # [B] long: the number of the problem that was answered
     rewards: torch.Tensor = None     # [B, T] r_t: the verifier's grade on the last token, 0 before
     predicted: torch.Tensor = None   # [B, T] V_bar before the critics have seen this batch (where a run evaluates)
@@ -312,8 +313,8 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
 
     if critics:
         # Each critic learns from its own shard, *before* the batch is valued. The order is the paper's; it lets the
-        # critics follow the policy, which has changed since they last learned. The target is the Monte-Carlo return,
-        # unless it bootstraps from what the ensemble predicts now (critic_lam < 1). The paper is silent.
+        # critics follow the policy, which has changed since they last learned. The paper is silent on their target:
+        # ours is the actual return (critic_lam 1: values cancel out), or mixed with what they predict now (below 1).
         before = torch.zeros_like(batch.mask)
         if config.critic_lam < 1:
             before = aggregate(critic_values(learner, batch), config.aggregate)
@@ -321,7 +322,8 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
         for m in range(len(critics)):
             shard = (owner == m) | config.shared_data  # shared_data is a control: all answers for all critics
-            update_critic(learner, m, batch, shard.nonzero()[:, 0], generator.clone_state())  # all shuffle alike
+            # All critics shuffle with the same random numbers: only their data differ.
+            update_critic(learner, m, batch, shard.nonzero()[:, 0], generator.clone_state())
 
         # The corrected advantage: GAE on the ensemble's value. And the critics' disagreement.
         batch.values = critic_values(learner, batch)
@@ -334,7 +336,7 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
         batch.advantages = group_advantages(batch.rewards.sum(1), config.group_size)[:, None] * batch.mask
         batch.sigma = torch.zeros_like(batch.mask)
 
-    # The two masks, ranked over the whole batch: learn unless the critics agree, explore unless they differ most.
+    # The two masks, ranked over the whole batch by sigma (or, as a control, by something else).
     batch.adv_keep = advantage_mask(signal_of(batch, config.mask_by, generator), batch.mask, config.mask_k)
     batch.ent_keep = entropy_filter(signal_of(batch, config.filter_by, generator), batch.mask, config.filter_h)
     watch("critic", batch)
@@ -387,8 +389,8 @@ def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer step with the gradient clipped to norm 1, which then is freed: only one model's gradient exists at
-    a time. A gradient that is not finite raises RuntimeError and never reaches the weights."""
+    """An optimizer step with the gradient clipped to norm 1 and then freed, so that only one model's exists at a time.
+    If it is not finite, this raises RuntimeError, and the weights stay as they are."""
     for p in model.parameters():
         if p.requires_grad:
             p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -402,13 +404,13 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head.
 
-    Pretrained matters, says the paper: a network that can continue an answer knows much of what tells whether it is
-    going well. (Not on the toy: its critics see nothing before they have read grades.) What a critic knows of values
-    should come from its own shard, also before the run: critics that share that, too, are one critic, twice.
+    Pretraining matters, says the paper: a network that can continue an answer knows much of what tells whether it is
+    going well. (On the toy that is not enough: its critics must also have read graded answers.) Each critic should
+    learn what it knows of values from data of its own, also before the run: else all of them predict the same.
 
-    The paper is silent on the head. Ours estimates within the reward's range, low + (high - low) * sigmoid(score):
-    where an outcome is all but settled, such values hardly differ, so low disagreement means "settled". A linear head,
-    which is used if the range is infinite, errs there as much as anywhere."""
+    The paper is silent on the head. Ours gives low + (high - low) * sigmoid(score), within the reward's range. Near
+    both ends a sigmoid is flat: where the outcome is all but settled, critics agree, which is what the mask looks for.
+    A linear head (used if the range is infinite) errs there as much as anywhere."""
 
     def __init__(self, backbone, reward_range=(0.0, 1.0), generator: torch.Generator | None = None):
         super().__init__()
@@ -439,9 +441,9 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 # =============================================================================================== 4 Rollouts
 
-# Always in float32: the weights and Adam's moments (bf16 swallows small updates: 0.02 - 1e-5 == 0.02); the logits (in
-# bf16 a logit of 19.94 becomes 20, and rho is off by 6 %); the values (sigma ranks values that hardly differ: rounded,
-# they are mostly ties). On a GPU, bodies multiply in bf16 (mixed_precision) and heads in TF32, with 11 bits.
+# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
+# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
+# On a GPU, the products in a model's body are computed in bf16 (mixed_precision), those in its head in TF32 (11 bits).
 
 
 def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], group_size: int, generator) -> Batch:
@@ -466,8 +468,8 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
              at_once: int = 256) -> Batch:
     """Sample G answers to each of N prompts (token ids), side by side, of at most T tokens.
 
-    uniform [N, G, T] holds a random number in [0, 1) for every token: so the answers depend, but for rounding, neither
-    on the device nor on `at_once`, the number of answers that are sampled together.
+    uniform [N, G, T] holds a random number in [0, 1) for every token. So, apart from rounding, answers do not change
+    with the device or with `at_once`, the number of answers that are sampled together.
 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
@@ -497,7 +499,7 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
             inputs = tokens[asked * G, :P]
             seen = attention[asked * G, :P]
             position = positions(seen)
-            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None  # None: its own
+            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None  # None: a new one
             for t in progress(range(T), "sampling"):
                 output = model.base_model(input_ids=inputs, attention_mask=seen, position_ids=position,
                                           past_key_values=cache, use_cache=True)
@@ -602,8 +604,8 @@ class Config:
     """Every choice of the algorithm. The command line is made from these lines: mask_k is --mask-k, and its comment is
     what --help says. RunConfig adds what belongs to a run: paths, evaluation, memory."""
 
-    # The four algorithms are one loop with other flags. Without critics it is GRPO, with one and no masks PPO.
-    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset of these flags, any of which overrides it
+    # The four algorithms are one loop with other flags: PRESETS, below.
+    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset; any other flag wins over it
     seed: Annotated[int, 0, 2**32 - 1] = 0  # of all that is random; on a CPU, the same seed gives the same metrics
     # Rollouts. G must be at least M; 8 leave each of two critics 4 per prompt. The paper found 32 the most robust.
     prompts_per_step: Count = 16  # prompts in a batch (32 with --model)
@@ -616,8 +618,8 @@ class Config:
     lr: Rate = 6e-4  # actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
     # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. lambda
-    # 0.9: an advantage looks about 10 tokens ahead and for the rest trusts the critics. The toy's critics are reliable
-    # from the start; with --model their heads are new and the answers longer, so 0.99.
+    # 0.9: an advantage looks about 1 / (1 - 0.9) = 10 tokens ahead and for the rest trusts the critics. The toy's have
+    # read graded answers and can be trusted; with --model their heads are new and the answers longer, so 0.99.
     gamma: Share = 1.0  # discount per token
     lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
     whiten: bool = True  # bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)
@@ -629,9 +631,9 @@ class Config:
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
-    critic_layers: Annotated[int, 0, math.inf] = 0  # of the critics' base (0: all; of the actor's, a quarter)
+    critic_layers: Annotated[int, 0, math.inf] = 0  # layers kept of their base (0: all, or the actor's first quarter)
     shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics (with --model: yes)
-    shared_data: bool = False  # train every critic on all answers (and M times the steps)
+    shared_data: bool = False  # train every critic on all answers (so M times the steps)
     aggregate: Literal["mean", "min"] = "mean"  # how M values become one (min: against overestimation)
     critic_lr: Share = 1e-4  # learning rate of the critics' backbones; 5e-5 with --model
     critic_head_lr: Share = 1e-3  # learning rate of the critics' heads; 5e-5 with --model
