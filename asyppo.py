@@ -139,7 +139,6 @@ def whiten(x, mask):
 
 def group_advantages(rewards, group_size):
     """GRPO (arXiv 2402.03300): an answer's reward compared with those of the other answers to the same prompt.
-
     rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number for
     all tokens of an answer ([:, None] * mask spreads it); 0 in a group whose answers are all right or all wrong."""
     groups = rewards.float().view(-1, group_size)
@@ -161,9 +160,9 @@ def advantage_mask(sigma, mask, k):
     the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    the more often a batch is reused. Where they differ most, tokens still learn from the reward; entropy_filter only
-    takes away their push towards randomness. (What the toy finds: figures/RESULTS.md.) The paper is silent on what is
-    ranked: we rank all answer tokens of the batch together. Here two of five are masked; the last one is padding:
+    if a batch is reused. (What the toy finds: figures/RESULTS.md.) Where they differ most, tokens still learn from the
+    reward. The paper is silent on what is ranked: we rank all answer tokens of the batch together. Here two of five are
+    masked; the last one is padding:
 
     >>> sigma = torch.tensor([[0.3, 0.1, 0.2], [0.4, 0.5, 0.0]])
     >>> advantage_mask(sigma, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), k=0.4).tolist()
@@ -499,7 +498,7 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
             inputs = tokens[asked * G, :P]
             seen = attention[asked * G, :P]
             position = positions(seen)
-            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None  # None: a new one
+            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
             for t in progress(range(T), "sampling"):
                 output = model.base_model(input_ids=inputs, attention_mask=seen, position_ids=position,
                                           past_key_values=cache, use_cache=True)
@@ -607,27 +606,25 @@ class Config:
     # The four algorithms are one loop with other flags: PRESETS, below.
     algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset; any other flag wins over it
     seed: Annotated[int, 0, 2**32 - 1] = 0  # of all that is random; on a CPU, the same seed gives the same metrics
-    # Rollouts. G must be at least M; 8 leave each of two critics 4 per prompt. The paper found 32 the most robust.
+    # Rollouts. G must be at least M, so that each critic sees every prompt. The paper found 32 the most robust.
     prompts_per_step: Count = 16  # prompts in a batch (32 with --model)
     group_size: Annotated[int, 2, math.inf] = 8  # G: answers sampled per prompt
     max_new_tokens: Count = 16  # length limit of an answer (256 with --model)
     temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling and, identically, of scoring
-    # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for (on the toy, its lead is smaller at 8).
-    # The paper is silent on clip: 0.2 is PPO's usual. Adam's betas are 0.9 and 0.95, as usual for language models.
+    # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper is silent on clip: 0.2 is
+    # PPO's usual. Adam's betas are 0.9 and 0.95, as usual for language models.
     utd: Count = 4  # update-to-data ratio: optimizer steps on each batch, every one over the whole batch
     lr: Rate = 6e-4  # actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
-    # Advantages. The paper is silent on gamma and lambda. gamma 1: the reward does not depend on when it comes. lambda
-    # 0.9: an advantage looks about 1 / (1 - 0.9) = 10 tokens ahead and for the rest trusts the critics. The toy's have
-    # read graded answers and can be trusted; with --model their heads are new and the answers longer, so 0.99.
-    gamma: Share = 1.0  # discount per token
+    # Advantages. The paper is silent on gamma and lambda. With lambda 0.9, an advantage looks about 1 / (1 - 0.9) = 10
+    # tokens ahead and for the rest trusts the critics: with --model, whose critics have new heads, 0.99.
+    gamma: Share = 1.0  # discount per token (1: the reward does not depend on when it comes)
     lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
-    whiten: bool = True  # bring the batch's advantages to mean 0, standard deviation 1 (critic-based only)
-    # Critics. The paper is silent on their training. Their target is the Monte-Carlo return (critic_lam 1), which no
-    # critic's error can bias. The toy's critics are pretrained on values: a small rate of the backbone keeps what they
-    # know, a larger one lets the head follow the policy. With --model the heads are new, so at first only the critics
-    # learn: the actor would follow noise. A quarter of the actor's layers keeps two critics cheap, as the paper's 0.6B
-    # beside 8B; explained_variance shows if that is enough. lr and critic_batch: tuned on the toy.
+    whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
+    # Critics. The paper is silent on their training. Their target is the actual return (critic_lam 1), which their errors
+    # cannot bias. The toy's have read graded answers: a small rate of the backbone keeps what they know, a larger one of
+    # the head follows the policy. With --model the heads are new, so at first only the critics learn: the actor would
+    # follow noise. A quarter of the actor's layers keeps them cheap, as the paper's 0.6B are beside 8B.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
