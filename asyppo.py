@@ -621,10 +621,10 @@ class Config:
     gamma: Share = 1.0  # discount per token (1: the reward does not depend on when it comes)
     lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
     whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
-    # Critics. The paper is silent on their training. Their target is the actual return (critic_lam 1): no critic's error
-    # can bias it. The toy's critics have read graded answers: a small rate of the backbone keeps what they know, and a
-    # larger one lets the head follow the policy. With --model the heads are new, so at first only the critics learn: the
-    # actor would follow noise. A quarter of the actor's layers keeps them cheap, as the paper's 0.6B are beside 8B.
+    # Critics. The paper is silent on their training. Their target is the actual return (critic_lam 1), which no error
+    # of theirs can bias. The toy's critics have read graded answers: a small rate of the backbone keeps what they know,
+    # a larger one lets the head follow the policy. With --model the heads are new, so at first only the critics learn:
+    # the actor would follow noise. A quarter of the actor's layers keeps them cheap, as the paper's 0.6B are beside 8B.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
