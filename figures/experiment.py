@@ -76,7 +76,7 @@ QUICK = ["asyppo", "naive", "grpo", "oracle", "early"]
 # One grid for all; GRPO and the oracle train no critic. Chosen is, for each, what has the highest mean accuracy.
 TUNED = {"asyppo": "", "grpo": GRPO, "naive": NAIVE, "full": FULL, "oracle": RUNS["oracle"]}
 TUNING = {f"tune-{name}-{lr}-G{size}-{batch}": f"{flags} --lr {lr} {group} --critic-batch {batch}".strip()
-          for name, flags in TUNED.items() for lr in ("3e-4", "6e-4", "1e-3") for size, group in GROUPS.items()
+          for name, flags in TUNED.items() for lr in ("1.5e-4", "3e-4", "6e-4") for size, group in GROUPS.items()
           for batch in ((64,) if name in ("grpo", "oracle") else (16, 32, 64))}
 TUNING |= {f"tune8-{name}-{lr}-G{size}": f"{flags} --utd 8 --lr {lr} {group}".strip()
            for name, flags in TUNED.items() for lr in ("1.5e-4", "3e-4", "6e-4") for size, group in GROUPS.items()}
