@@ -55,11 +55,12 @@ RUNS = {
     "same": "TOY_CRITIC=same",  # both critics start from one checkpoint, the first of the two
     "same-no-mask": "TOY_CRITIC=same --mask-k 0",
     "half": "TOY_CRITIC=same --algo naive",  # one critic that has read half of the graded sheets
-    "oracle": "--with-oracle --algo naive",
+    "oracle": "--with-oracle --algo naive --lr 6e-4",
     "early": "--steps 8",  # for C8 and figures/tokens.png: answers while there are mistakes to see
 }
 RUNS |= {f"{name}-utd8": f"{RUNS[name]} --utd 8 --lr 1.5e-4".strip()
-         for name in ("asyppo", "grpo", "no-mask", "mask-random", "mask-entropy", "mask-true")}
+         for name in ("asyppo", "no-mask", "mask-random", "mask-entropy", "mask-true")}
+RUNS["grpo-utd8"] = f"--algo grpo {GROUPS[4]} --utd 8 --lr 1.5e-4"
 EXTRA = {
     "asyppo-G8": GROUPS[8],
     "asyppo-G4": GROUPS[4],
@@ -76,7 +77,7 @@ EXTRA = {
 }
 QUICK = ["asyppo", "naive", "grpo", "oracle", "early"]
 # One grid for all; GRPO and the oracle train no critic. Chosen is, for each, what has the highest mean accuracy.
-TUNED = {"asyppo": "", "grpo": "--algo grpo", "naive": NAIVE, "full": FULL, "oracle": RUNS["oracle"]}
+TUNED = {"asyppo": "", "grpo": "--algo grpo", "naive": NAIVE, "full": FULL, "oracle": "--with-oracle --algo naive"}
 TUNING = {f"tune-{name}-{lr}-G{size}-{batch}": f"{flags} --lr {lr} {group} --critic-batch {batch}".strip()
           for name, flags in TUNED.items() for lr in ("1.5e-4", "3e-4", "6e-4") for size, group in GROUPS.items()
           for batch in ((64,) if name in ("grpo", "oracle") else (16, 32, 64))}
