@@ -1436,8 +1436,8 @@ def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
     assert len(set(draws)) == 4000 and max(draws) < 2**32, "all that a generator on the CPU takes"
     for steps, warmup in (("3", 1), ("50", 4)):
         assert asyppo.parse(["--critic-warmup", "4", "--steps", steps]).critic_warmup == warmup
-    config = asyppo.parse("--algo naive --critics 3 --mask-k 0.1 --shared-data --no-whiten".split())
-    assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (3, 0.1, True, False)
+    config = asyppo.parse("--algo naive --critics 2 --mask-k 0.1 --shared-data --no-whiten".split())
+    assert (config.critics, config.mask_k, config.shared_data, config.whiten) == (2, 0.1, True, False)
     monkeypatch.setattr(asyppo.RunConfig.__dataclass_fields__["task"], "default", "/100%/%s{0}/task.py")
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit, match="0"):
@@ -1603,26 +1603,20 @@ def test_the_claims_table(monkeypatch):
 
 
 def test_every_run_is_a_valid_command():
-    configs = {}
+    steps = {}  # of each critic, in an iteration
     for name in experiment.ALL:
         environment, (_, script, *words) = experiment.command_of(name, 1, Path("out"))
-        oracle = [word for word in words if word == "--with-oracle"]
-        assert words[:len(oracle)] == oracle and Path(script).name == ("experiment.py" if oracle else "asyppo.py")
-        config = configs[name] = asyppo.parse(words[len(oracle):])
-        assert config.prompts_per_step * config.group_size == experiment.ANSWERS and not environment["TOY_PRETRAINING"]
-        assert (config.seed, config.out) == (1, "out") and environment["OMP_NUM_THREADS"] == "1"
-    assert experiment.command_of("asyppo", 21, Path())[0]["TOY_PRETRAINING"] == "21"
-    assert asyppo.RunConfig().critic_batch == experiment.CRITIC_BATCH
-    steps = {}  # of each critic, in an iteration
-    for name, config in configs.items():
-        answers = experiment.ANSWERS if config.shared_data else experiment.ANSWERS // max(1, config.critics)
+        knowing = [word for word in words if word.startswith("--with-")]  # the true values
+        assert words[:len(knowing)] == knowing and Path(script).name == ("experiment.py" if knowing else "asyppo.py")
+        config = asyppo.parse(words[len(knowing):])
+        assert config.prompts_per_step * config.group_size == experiment.ANSWERS
+        assert (environment["TOY_PRETRAINING"], config.seed, config.out) == ("1", 1, "out"), "models of its own"
+        assert environment["OMP_NUM_THREADS"] == "1"
+        answers = experiment.ANSWERS // max(1, config.critics)
         steps[name] = config.critics and config.critic_epochs * math.ceil(answers / config.critic_batch)
-    assert len(experiment.CLAIMS) <= 24
     for _, says, formula in experiment.CLAIMS:
         a, b = (steps[term.partition(":")[0]] if ":" in term else 0 for term in formula.split(" - "))
-        if a and b and "true values" not in says:
-            assert (a == b) == ("times the steps" not in says), f"how many steps has each in: {says}"
-            assert a == b or b == 4 * a
+        assert not a or not b or a == b, f"not as many steps of each critic: {says}"
 
 
 def test_results_are_complete_and_reported():

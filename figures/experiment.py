@@ -10,6 +10,7 @@ toy_task.py need none of it.
     python figures/experiment.py --with-oracle ... asyppo.py ... with a critic that knows the true values
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -192,8 +193,8 @@ def experiment(where: Path, names, seeds, jobs: int) -> tuple[dict, list[str]]:
     (where / "runs").mkdir(parents=True, exist_ok=True)
     for name, seed in todo:  # the models are made here, not by two runs at once
         environment, (_, _, *flags) = command_of(name, seed, where)
-        critics = asyppo.parse([flag for flag in flags if not flag.startswith("--with-")]).critics
-        toy_task.models(critics, environment)
+        with contextlib.suppress(asyppo.UserError):  # the run itself will say what is wrong
+            toy_task.models(asyppo.parse([flag for flag in flags if "--with-" not in flag]).critics, environment)
     bar = tqdm(total=len(todo), desc="runs", smoothing=0.1)
     running = {}  # {process: run}
     try:
