@@ -5,19 +5,16 @@
     reward    1 if at least ten of the twelve are right, else 0; nobody says which
 
 There are 300 different sums, so 300 facts to know. Half of them are *contested*: seven of ten demonstrations show the
-same wrong digit. The actor has learned to write such answers. It passes about one sheet in seven, and reinforcement
-learning has to find some 150 facts by pass or fail alone. Here critics have something to do: what one digit changes
-is lost in a reward per answer, while the value moves at exactly this digit.
+same wrong digit. The actor has learned to write such answers, and passes about one sheet in seven. What one digit
+changes is lost in a reward per answer, while the value moves at exactly this digit: here critics have something to do.
 
-The mini-critics have a quarter of the actor's size and have read other texts. Both start from one language model, which
-has read sheets solved without a mistake. Then each reads sheets of all kinds of solvers that the other has not seen:
-first with marks and a running count of the right digits, then with nothing but their grade. So a critic predicts the
-grade at every token, as the critics of PPO usually start from a reward model; it sees a wrong digit before it has seen
-any answer of the actor, and the facts reach the actor through the critics. The toy shows what critics that know are
-worth, not how they come to know.
+The mini-critics have a quarter of the actor's size. Both start from one language model, which has read sheets solved
+without a mistake. Then each reads sheets of all kinds of solvers that the other has not seen, first with marks and a
+running count of the right digits, then with nothing but their grade, which it learns to predict at every token. So it
+sees a wrong digit before it has seen any answer of the actor, as the critics of PPO usually start from a reward model:
+the toy shows what critics that know are worth, not how they come to know.
 
-To asyppo.py this is a *task file*: `problems` and `reward` are all it needs. Extras are `models` of its own, levels
-(`choose_level`), metrics (`look`) and pictures (`draw`). figures/experiment.py asks which of the paper's claims hold.
+To asyppo.py this is a *task file*, of which it needs only `problems` and `reward`.
 
     python toy_task.py --samples     shows problems and answers
     python toy_task.py --draw DIR    draws a run, of whatever task, from what it left in its directory
@@ -103,7 +100,7 @@ def solved(term: str) -> int:
 
 def chat(sums: list[str], level: str) -> list[dict]:
     """Messages, ending in an answer that is begun: so chat models write no introduction. Small models take the form
-    from a worked example. As it is about half of the prompt, there are levels without one, too."""
+    from a worked example; as it is about half of the prompt, there are levels without one, too."""
     sheets = [(sums, sums[0] + " =")]
     if "shown" in level:
         example = random_sums(random.Random(f"example-{level}"), level)
@@ -114,7 +111,7 @@ def chat(sums: list[str], level: str) -> list[dict]:
 
 def choose_level(share_of) -> str:
     """The level whose share of right answers is nearest to 40 %: there a group's answers differ most. share_of(level)
-    gives the shares of right and of cut-off answers. Stops where two levels in a row are all but hopeless."""
+    gives the shares of right and of cut-off answers. Stops after two levels in a row that are all but hopeless."""
     shares = {}
     for level in LEVELS:
         shares[level], cut_off = share_of(level)
@@ -202,10 +199,9 @@ def tokens_of(tokenizer, sheets: list, answers: list) -> torch.Tensor:  # [sheet
 
 
 def read_answers(model, tokenizer, name: str, rng: random.Random, lr: float) -> float:
-    """Language modelling: batches of 64 sheets with answers, the actor demonstrations, all others right ones.
-
-    In the actor's first half all demonstrators agree, as doubts are learned after the facts. The others begin with few
-    facts, from which the form is learned: without that, some never got as far as the facts."""
+    """Language modelling: batches of 64 sheets with answers, the actor demonstrations, all others right ones. In the
+    actor's first half all demonstrators agree: doubts are learned after the facts. The others begin with few facts, and
+    so with the form: without that, some never got as far as the facts."""
     few = random.Random(0).sample(FACTS, 30)
 
     def loss(step):
@@ -225,19 +221,17 @@ def read_answers(model, tokenizer, name: str, rng: random.Random, lr: float) -> 
 
 def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr: float, stage: str) -> float:
     """Value pretraining on every `parts`-th of 64 graded sheets a step, from number `part` on.
-
-    "counting": how many digits are right so far, told after every digit; and, read off the first layer, whether this
-    digit is right. Without that some never learned to count: a language model may look up its sums in the second of its
-    two layers, where it is too late to count what has been found. "grades": the chance to pass, as the sigmoid of the
-    score, from before the first digit to after the end."""
+    "counting": how many digits are right so far, and, read off the first layer, whether this one is. Without that some
+    never learned to count: a language model may look up its sums in the second of its two layers, too late to count.
+    "grades": the chance to pass, as the sigmoid of the score, from before the first digit to after the end."""
     mark = critic.mark = torch.nn.Linear(critic.config.hidden_size, 1)
 
     def loss(step):
         sheets = [rng.choices(FACTS, k=SUMS) for _ in range(64)]
         marked = [graded(sheet, rng) for sheet in sheets][part - 1::parts]
         answers, right, grades = zip(*marked)
-        states = critic.model(input_ids=tokens_of(tokenizer, sheets[part - 1::parts], answers),
-                              output_hidden_states=True)
+        tokens = tokens_of(tokenizer, sheets[part - 1::parts], answers)
+        states = critic.model(input_ids=tokens, output_hidden_states=True)
         score = critic.score(states.last_hidden_state)[..., 0]  # [sheets, SUMS + 1 + SUMS + 1]
         if stage == "grades":
             grades = torch.tensor(grades)[:, None].expand(-1, SUMS + 2)
@@ -254,8 +248,7 @@ def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr
 
 
 def until_learned(read: Callable[[], float], enough: float) -> None:
-    """What ends with a larger loss is read again, at most four times."""
-    for _ in range(5):
+    for _ in range(5):  # what ends with a larger loss is read again
         if read() < enough:
             break
 
@@ -296,17 +289,16 @@ def directory(name: str, seed: str) -> str:
 
 def models(critics: int, environment=os.environ) -> tuple[str, list[str]]:
     """Directories of the pretrained toy actor and of a base for each critic. They come with the repository, as another
-    machine's rounding makes other weights; others are pretrained first, in about a minute each. TOY_PRETRAINING (1, 2,
-    ...) asks for other initial weights and texts. TOY_CRITIC asks for other bases than "own", whose graded sheets are
-    dealt out to the critics: "same" (all are the first of two), "full" (of the actor's size), "language" (no grades),
-    "scratch" (nothing read)."""
+    machine's rounding makes other weights. TOY_PRETRAINING (1, 2, ...) asks for other initial weights and texts, which
+    takes some minutes; TOY_CRITIC for other bases than "own", whose graded sheets are dealt out to the critics: "same"
+    (all are the first of two), "full" (of the actor's size), "language" (no grades), "scratch" (nothing read)."""
     seed, kind = environment.get("TOY_PRETRAINING", ""), environment.get("TOY_CRITIC", "own")
-    own, full = ([f"{size}_{m}_of_{critics}" for m in range(1, critics + 1)] for size in ("critic", "full"))
-    bases = {"own": own, "full": full, "same": ["critic_1_of_2"] * critics, "language": ["language"] * critics,
-             "scratch": ["scratch"] * critics}
-    if not re.fullmatch(r"\d{0,9}", seed) or kind not in bases:
-        raise ValueError(f"TOY_PRETRAINING={seed} must be a number, TOY_CRITIC={kind} one of {', '.join(bases)}")
-    return directory("actor", seed), [directory(name, seed) for name in bases[kind]]
+    names = {"own": "critic_{}_of_{}", "full": "full_{}_of_{}", "same": "critic_1_of_2", "language": "language",
+             "scratch": "scratch"}
+    if not re.fullmatch(r"\d{0,9}", seed) or kind not in names:
+        raise ValueError(f"TOY_PRETRAINING={seed} must be a number, TOY_CRITIC={kind} one of {', '.join(names)}")
+    bases = [names[kind].format(m, critics) for m in range(1, critics + 1)]
+    return directory("actor", seed), [directory(base, seed) for base in bases]
 
 
 # ------------------------------------------------------------------------------------------------ true values, pictures
@@ -320,8 +312,8 @@ def right_digits(learner, batch) -> torch.Tensor:
 @torch.no_grad()
 def oracle_values(learner, batch) -> torch.Tensor:
     """The true V(s_t) [B, T]: one pass of the actor over the right answer gives its chance of every right digit, and
-    from these follows the chance that, with what is written already, at least PASS will be right. (Digits are taken to
-    be independent of each other, which is nearly so.) Whatever breaks the form of the answer makes it 0."""
+    from these (taken as independent, which is nearly so) follows the chance that, with what is written already, at
+    least PASS will be right. Whatever breaks the form of the answer makes it 0."""
     P, T, wanted = batch.prompt_width, batch.mask.shape[1], right_digits(learner, batch)
     tokens = torch.cat([batch.tokens[:, :P].cpu(), wanted], dim=1).to(batch.tokens.device)
     logits = learner.actor(input_ids=tokens).logits[:, P - 1:].cpu() / learner.config.temperature
@@ -344,7 +336,6 @@ def oracle_values(learner, batch) -> torch.Tensor:
 
 def look(learner, batch) -> dict:
     """Called by a run with every evaluation. How well do the critics see, before they learn from this batch?
-
     sight: how much further V steps up at right digits than at wrong ones, in standard deviations of its step at right
     ones; oracle_sight: that of the true values; oracle_explained: the share of the return's variance they explain."""
     full = (batch.sizes[:, 1] == SUMS + 1).to(batch.mask.device)
