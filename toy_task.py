@@ -27,7 +27,6 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -247,7 +246,7 @@ def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr
     return found
 
 
-def until_learned(read: Callable[[], float], enough: float) -> None:
+def until_learned(read, enough: float) -> None:
     for _ in range(5):  # what ends with a larger loss is read again
         if read() < enough:
             break
