@@ -66,7 +66,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, DynamicCache, GenerationConfig)
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 # =============================================================================================== 1 Equations
 # Each of these functions needs nothing but torch. Where one takes a mask, padding (mask 0) may hold anything, even NaN.
@@ -803,28 +803,18 @@ def join_processes() -> None:
 # =============================================================================================== 7 Loading
 
 class UserError(Exception):
-    """Something the user can fix. main() prints it as one line and exits with code 2."""
+    """What stops a run. main() prints it as one line and exits with code 2."""
 
 
 @contextlib.contextmanager
 def saying(what: str, shown=""):
-    """An error in here becomes one line that begins so; so does a call of exit() in a user's file."""
+    """An error in here becomes a UserError that begins so; so does a call of exit() in a user's file."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError):  # main knows what to say of these
+    except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a verifier's timeout may be no Exception
-        raise UserError(f"{what}{str(shown)[:300]}: {in_one_line(error)}") from error
-
-
-def in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or '(no message)'}"
-
-
-def file_of(name: str, file: str) -> str | None:
-    """The path of a model's file, whether `name` is a directory or on the hub; None if it has no such file."""
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
+        raise UserError(f"{what}{str(shown)[:300]}: {type(error).__name__}: {error}") from error
 
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
@@ -834,7 +824,7 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     # reported to give NaN gradients under a mask (pytorch issue 196678).
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if file_of(name, "adapter_config.json"):
+    if find_adapter_config_file(name):
         raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
     sizes = config.get_text_config()  # of a vision-language model, that of its text part
@@ -872,7 +862,7 @@ def load_critic(name: str, layers: int = 0, reward_range: tuple[float, float] | 
     critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
     if graded:
         critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
-    elif saved or file_of(name, "value_head.safetensors"):
+    elif saved:
         critic.head.load_state_dict(load_file(cached_file(name, "value_head.safetensors")))
     return critic
 
@@ -891,15 +881,18 @@ def check_model(model) -> None:
             raise ValueError("its logits are capped or scaled; that is not supported")
 
 
-def make_critics(config: RunConfig, names: list[str], layers: int) -> list[MiniCritic]:
-    """A critic from each of these checkpoints."""
-    generator = torch.Generator().manual_seed(config.seed)
-    critics = [load_critic(name, layers, (config.reward_min, config.reward_max), generator) for name in names]
-    embeddings = {}
-    for name, critic in zip(names, critics):
+def make_critics(config: RunConfig, names: list[str], layers: int, tokenizer) -> list[MiniCritic]:
+    """A critic from each of these checkpoints, which must read the actor's tokens."""
+    critics, embeddings, generator = [], {}, torch.Generator().manual_seed(config.seed)
+    for name in names:
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+        if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
+            raise ValueError("its tokenizer is not the actor's")
+        critic = load_critic(name, layers, (config.reward_min, config.reward_max), generator)
         if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
             shared = embeddings.setdefault(name, critic.backbone.get_input_embeddings().requires_grad_(False))
             critic.backbone.set_input_embeddings(shared)
+        critics.append(critic)
     return critics
 
 
@@ -934,14 +927,12 @@ def load_task(path: str):
 
 
 def checked(reward: Callable, low: float, high: float) -> Callable:
-    """The task's reward(), which must return a finite number in this range; if not, the error shows the problem."""
+    """The task's reward(), which must return a finite number in this range."""
     def call(text: str, example: dict) -> float:
         with saying("reward() failed for ", example):
             value = float(reward(text, copy.deepcopy(example)))  # whatever it does to its row
-            if not abs(value) < 1e15:  # NaN, infinite, or so when squared in float32
-                raise ValueError(f"it returned {value}, not a finite number")
-            if not low <= value <= high:
-                raise ValueError(f"it returned {value}, outside --reward-min {low} and --reward-max {high}")
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"it returned {value}, no number from --reward-min {low} to --reward-max {high}")
             return value
     return call
 
@@ -977,10 +968,9 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")
 
 
-def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
-                  at_most: int | None = None) -> list[tuple[list[int], dict]]:
-    """A split of the task: of every row (or the first ones) the prompt's token ids, checked before training, and the
-    row itself. Where chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
+def load_problems(learner: Learner, task, split: str, at_least: int, level: str) -> list[tuple[list[int], dict]]:
+    """A split of the task: of every row the prompt's token ids, checked before training, and the row itself. Where
+    chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
     tokenizer, room, problems, checksum = learner.tokenizer, learner.config.max_new_tokens, [], 0
     models = [learner.actor, *(critic.backbone for critic in learner.critics)]
     entries = min(model.get_input_embeddings().num_embeddings for model in models)
@@ -990,7 +980,6 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
         rows = task.problems(split, learner.config.seed, **({"level": level} if level else {}))
         if rows.format["type"] != "custom":  # a transform of the task's own stays; torch or numpy do not
             rows = rows.with_format(None)
-        rows = rows.select(range(min(at_most or len(rows), len(rows))))
         rows = [row | {"prompt": row["prompt"]} for row in rows]  # each is read once: a transform may draw anew
         if len(rows) < at_least:
             raise ValueError(f"{len(rows)} rows, but {at_least} are needed")
@@ -1026,10 +1015,11 @@ def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
     return 1 + int(room / (85 * sizes.hidden_size)), 1 + int(room / (4 * width * longest))
 
 
-def make_learner(config: RunConfig, task) -> Learner:
+def make_learner(given: RunConfig, task) -> Learner:
     """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    config = replace(given, micro_batch_tokens=given.micro_batch_tokens or 2048, sample_batch=given.sample_batch or 256)
     bases = config.critic_model.split(",") if config.critic_model else []
     name, *bases = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
                     for x in (config.model, *bases))
@@ -1040,29 +1030,24 @@ def make_learner(config: RunConfig, task) -> Learner:
     bases = [name if base == "actor" else base for base in bases]
     with saying(f"--model {name}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
-        entries = actor.get_input_embeddings().num_embeddings
-        ends = end_ids(actor, tokenizer)
-        if ends and min(ends) >= entries:
-            raise ValueError(f"none of its end tokens ({ends}) has a row in the embeddings: no answer could end")
     layers = config.critic_layers
     if not bases:  # the first quarter of the actor
         bases = [name]
         layers = layers or max(1, actor.config.get_text_config().num_hidden_layers // 4)
-    if len(bases) not in (1, config.critics) and config.critics:
+    if len(bases) == 1:
+        bases *= config.critics
+    if len(bases) != config.critics:
         raise UserError(f"--critic-model names {len(bases)} models for {config.critics} critics; give one, or one each")
-    bases = bases * config.critics if len(bases) == 1 else bases[:config.critics]
     with saying(f"--critic-model {','.join(dict.fromkeys(bases))}"):
-        critics = make_critics(config, bases, layers)
-        for base in set(bases):
-            vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
-            if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
-                raise ValueError("its tokenizer is not the actor's, whose tokens critics must read")
-        for critic in critics:  # one family may pad its vocabulary differently: no token that a critic cannot read
-            entries = min(entries, critic.backbone.get_input_embeddings().num_embeddings)
-        if entries < actor.get_input_embeddings().num_embeddings:
-            actor.resize_token_embeddings(entries)
-        if ends and min(ends) >= entries:
-            raise ValueError(f"it knows none of the actor's end tokens ({ends}): no answer could end")
+        critics = make_critics(config, bases, layers, tokenizer)
+    # One family may pad its vocabularies differently: no token that one of the models cannot read.
+    known = [model.get_input_embeddings().num_embeddings for model in (actor, *(critic.backbone for critic in critics))]
+    if min(known) < known[0]:
+        actor.resize_token_embeddings(min(known))
+    found = end_ids(actor, tokenizer)
+    ends = [i for i in found if i < min(known)]
+    if found and not ends:
+        raise UserError(f"no answer could end: the end tokens are {found}, but the models (actor first) know {known}")
     optimizers = []
     for m, model in enumerate((actor, *critics)):
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
@@ -1070,55 +1055,49 @@ def make_learner(config: RunConfig, task) -> Learner:
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-        count = sum(p.numel() for p in model.parameters())  # 12 bytes each: float32 weight and Adam's two moments
-        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters()) / 2**20
-        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
-    ends = [i for i in ends if i < entries]
-    sizes = dict(micro_batch_tokens=config.micro_batch_tokens or 2048, sample_batch=config.sample_batch or 256)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters")
     limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
-    learner = Learner(replace(config, **sizes), actor, critics, optimizers, tokenizer, ends,
-                      checked(task.reward, *limits))
+    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward, *limits))
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
-        problems = load_problems(learner, task, "train", 1, level, at_most=32)
+        problems = load_problems(learner, task, "train", 1, level)[:32]
         batch = sample_and_grade(learner, problems, range(len(problems)), 1, seeded(config.seed, "levels"))
         return float(batch.rewards.sum(1).mean()), float(batch.truncated.float().mean())
 
-    level = config.level
-    if level == "auto":
-        level = task.choose_level(share_of) if config.model and hasattr(task, "choose_level") else ""
-    learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, level)
-    learner.test_problems = load_problems(learner, task, "test", 1, level)
-    known = {tuple(ids) for ids, _ in learner.train_problems}
-    if both := sum(tuple(ids) in known for ids, _ in learner.test_problems):
+    if config.level == "auto":
+        config.level = task.choose_level(share_of) if config.model and hasattr(task, "choose_level") else ""
+    learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
+    learner.test_problems = load_problems(learner, task, "test", 1, config.level)
+    seen = {tuple(ids) for ids, _ in learner.train_problems}
+    if both := sum(tuple(ids) in seen for ids, _ in learner.test_problems):
         print(f"warning: {both} of {len(learner.test_problems)} held-out prompts are also in the training split")
-    if torch.cuda.is_available() and not (config.micro_batch_tokens and config.sample_batch):
+    if torch.cuda.is_available() and not (given.micro_batch_tokens and given.sample_batch):
         longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-        fitting = zip(sizes, fit_into_memory(learner, longest))
-        sizes = {name: getattr(config, name) or size for name, size in fitting}
-    learner.config = replace(config, level=level, **sizes)
-    held_out = min(config.eval_problems, len(learner.test_problems))
-    print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
-          f"{config.max_new_tokens} tokens: smaller with --prompts-per-step, --group-size, --eval-problems, "
-          "--max-new-tokens; at once {micro_batch_tokens} tokens in training, {sample_batch} answers in sampling: "
-          "--micro-batch-tokens, --sample-batch".format_map(sizes))
+        tokens, answers = fit_into_memory(learner, longest)
+        config.micro_batch_tokens = given.micro_batch_tokens or tokens
+        config.sample_batch = given.sample_batch or answers
+    print(f"{config.prompts_per_step * config.group_size} answers a step (--prompts-per-step, --group-size), of at most "
+          f"{config.max_new_tokens} tokens (--max-new-tokens); at once {config.micro_batch_tokens} tokens in training "
+          f"(--micro-batch-tokens), {config.sample_batch} answers in sampling (--sample-batch)")
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
 
 # =============================================================================================== 8 The run
 
-def evaluate(learner: Learner) -> tuple[float, str]:
-    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, with one seed. And the
-    first of them to look at: prompt, answer and reward in a line."""
+def evaluate(learner: Learner) -> float:
+    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, with one seed. Prints
+    the first of them: prompt, answer and reward in a line."""
     numbers = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, numbers, 1, seeded(learner.config.seed, "evaluation"))
     prompt, whole = (" ".join(learner.tokenizer.decode(ids).split()) for ids in (
         learner.test_problems[0][0], batch.tokens[0][batch.attention[0].bool()]))
     half = shutil.get_terminal_size().columns // 2 - 8
     rewards = batch.rewards.sum(1)
-    return float(rewards.mean()), f"  {prompt[-half:]} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}"
+    tqdm.write(f"  {prompt[-half:]} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}")
+    return float(rewards.mean())
 
 
 def explained_variance(values, returns, mask):
@@ -1188,18 +1167,17 @@ def train(config: RunConfig, task) -> None:
     if first:  # with its flags of memory as given: it may be resumed on another GPU
         write_whole(out / "config.json", json.dumps(asdict(saved), indent=1))
 
-    def record(row, example=""):
+    def record(row):
         history.append({key: x if x is None or math.isfinite(x) else None for key, x in row.items()})  # JSON has no NaN
         if first:  # as a whole: steps after the checkpoint are repeated
             write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        if example:
+        if row["eval_accuracy"] is not None:
             row = row | {"seconds": sum(x for key, x in row.items() if key.startswith("seconds_")) or None}
             shown = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length seconds".split()
-            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None) + f"\n{example}")
+            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None))
 
     if not history:
-        accuracy, example = evaluate(learner)
-        record({"step": 0, "eval_accuracy": accuracy}, example)
+        record({"step": 0, "eval_accuracy": evaluate(learner)})
     start, end = history[-1]["step"], config.steps
     for step in tqdm(range(start + 1, end + 1), config.algo, initial=start, total=end, disable=not first):
         evaluating = step % config.eval_every == 0 or step == end
@@ -1211,10 +1189,9 @@ def train(config: RunConfig, task) -> None:
         if metrics[key] is not None and not metrics[key] < limit / min(1, config.temperature):
             raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
                             f"({key} is {metrics[key]:.2g})")
-        example = ""
         if evaluating:
-            metrics["eval_accuracy"], example = evaluate(learner)
-        record(metrics, example)
+            metrics["eval_accuracy"] = evaluate(learner)
+        record(metrics)
         if first and (config.checkpoint_every and step % config.checkpoint_every == 0 or step == end):
             save_checkpoint(learner, history, batch, out)
     if first:
@@ -1226,28 +1203,23 @@ def train(config: RunConfig, task) -> None:
 def write_whole(path: Path, content) -> None:
     """Write text, or what torch.save takes, beside `path` and move it there: a crash leaves the old or the new."""
     beside = path.with_name(path.name + ".unfinished")
-    try:
-        beside.write_text(content) if isinstance(content, str) else torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    beside.write_text(content) if isinstance(content, str) else torch.save(content, beside)
+    os.replace(beside, path)
 
 
 def save_checkpoint(learner: Learner, history: list[dict], batch: Batch, out: Path) -> None:
     """The state of a run: weights, optimizers and the metrics so far, whose last row has the step. The batch, for
     pictures, comes first: a run that is killed from here on can be completed."""
-    with saying(f"the checkpoint of step {history[-1]['step']} could not be written (make room, then --resume {out})"):
-        save_file({name: x.cpu().contiguous() for name, x in vars(batch).items() if x is not None},
-                  out / "last_batch.safetensors")
-        parts = [learner.actor, *learner.critics, *learner.optimizers]
-        write_whole(out / "checkpoint.pt", {"rows": history, "parts": [part.state_dict() for part in parts]})
+    save_file({name: x.cpu().contiguous() for name, x in vars(batch).items() if x is not None},
+              out / "last_batch.safetensors")
+    parts = [learner.actor, *learner.critics, *learner.optimizers]
+    write_whole(out / "checkpoint.pt", {"rows": history, "parts": [part.state_dict() for part in parts]})
 
 
 def load_checkpoint(learner: Learner, out: Path) -> list[dict]:
     """Put a checkpoint's state into the learner and return the rows of its metrics."""
     path = out / "checkpoint.pt"
-    with saying(f"{path} is damaged, or not of this run's models; put back a copy, or delete it and --resume starts "
-                "from the first step"):
+    with saying(f"{path} is damaged, or not of this run's models (without it --resume starts from the first step)"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for part, state in zip([learner.actor, *learner.critics, *learner.optimizers], saved["parts"], strict=True):
             part.load_state_dict(state)
@@ -1312,25 +1284,24 @@ def parse(argv: list[str] | None) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    goes_on = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
+    stopped = "stopped (a run that has begun goes on from its last checkpoint with --resume and its directory)"
     try:
         join_processes()
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows its number
             getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
         config = parse(argv)
-        train(config, load_task(config.task))
+        with saying(stopped):
+            train(config, load_task(config.task))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        line, code = "stopped" + goes_on, 130
-    except BaseException as error:
-        if isinstance(error, SystemExit) or os.environ.get("ASYPPO_TRACEBACK"):  # for whoever debugs a task
+        line, code = stopped, 130
+    except UserError as error:
+        if os.environ.get("ASYPPO_TRACEBACK"):  # for whoever debugs a task
             raise
-        line, code = str(error) if isinstance(error, UserError) else in_one_line(error) + goes_on, 2
-        if isinstance(error, torch.OutOfMemoryError):
-            line += ". Lower --sample-batch if it came while sampling, else --micro-batch-tokens"
-    print("asyppo: " + " ".join(line.split()), file=sys.stderr)
+        line, code = str(error), 2
+    print("asyppo: " + " ".join(line.split())[:1000], file=sys.stderr)
     return code
 
 
