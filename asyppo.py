@@ -65,7 +65,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, DynamicCache, GenerationConfig)
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import cached_file
 
 # =============================================================================================== 1 Equations
 # Each of these functions needs nothing but torch. Where one takes a mask, padding (mask 0) may hold anything, even NaN.
@@ -669,9 +669,9 @@ class RunConfig(Config):
     sample_batch: Annotated[int, 0, math.inf] = 0  # answers sampled at once (0: what fits; on a CPU 256)
 
 
-# Presets are other defaults. The baselines are the plain ones, without entropy bonus; with one critic sigma is 0, so
-# masks would do nothing. A single critic gets all the answers: with 64 per step, it takes as many steps as each of
-# AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it knows nothing at first.
+# Presets are other defaults. The baselines are plain: no entropy bonus, no masks (with one critic sigma is 0). A single
+# critic gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two. The critic of ppo is
+# the actor's checkpoint with a new head: on the toy, it knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 NAIVE = PLAIN | dict(critics=1, critic_batch=64)
 PRESETS = {"asyppo": {}, "ppo": NAIVE | dict(critic_model="actor", shared_embeddings=False), "naive": NAIVE,
@@ -685,8 +685,6 @@ MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=
 
 @dataclass
 class Learner:
-    """The state of training (models, optimizers), with config, tokenizer, reward and problems."""
-
     config: RunConfig
     actor: nn.Module
     critics: list[MiniCritic]
@@ -699,8 +697,7 @@ class Learner:
 
 
 def seeded(seed: int, what) -> torch.Generator:
-    """The random numbers of iteration `what` (or of the evaluation): a resumed run draws what an uninterrupted one
-    would. A generator on the CPU takes 32 bits."""
+    """The random numbers of iteration `what` (or of the evaluation), in a resumed run, too. It takes 32 bits."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
@@ -736,8 +733,7 @@ def averaged(found: list, batch: Batch) -> dict:
 
 
 def mixed_precision(device: torch.device):
-    """On a GPU, the matrix products of a model's body run in bf16, from float32 weights; on a CPU, or on a GPU that
-    could only emulate bf16 (before Ampere), nothing changes."""
+    """On a GPU that does so itself (from Ampere on), the matrix products of a model's body run in bf16."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
@@ -813,8 +809,6 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     1); if `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
-    if find_adapter_config_file(name):
-        raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
     sizes = config.get_text_config()  # of a vision-language model, that of its text part
     if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
@@ -835,15 +829,13 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
 
 
 def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, generator=None) -> MiniCritic:
-    """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). A run's critic and a reward model
-    (AutoModelForSequenceClassification, one label) keep their heads; any other gets a new one. The range, if not given,
-    is what the checkpoint was trained for, or 0 to 1."""
+    """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
+    their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
     model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
     saved = getattr(model.config, "reward_range", None)  # by a run, with a head
     if reward_range and saved and tuple(saved) != tuple(reward_range):
-        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: give these as --reward-min and "
-                         "--reward-max")
+        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
     critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
     if graded:
         critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
@@ -864,21 +856,6 @@ def check_model(model) -> None:
         ours, theirs = logits_of(model, whole, 1.0), model(input_ids=tokens, use_cache=False).logits[0, :4]
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError("its logits are capped or scaled; that is not supported")
-
-
-def make_critics(config: RunConfig, names: list[str], layers: int, tokenizer) -> list[MiniCritic]:
-    """A critic from each of these checkpoints, which must read the actor's tokens."""
-    critics, embeddings, generator = [], {}, torch.Generator().manual_seed(config.seed)
-    for name in names:
-        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
-        if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
-            raise ValueError("its tokenizer is not the actor's")
-        critic = load_critic(name, layers, (config.reward_min, config.reward_max), generator)
-        if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
-            shared = embeddings.setdefault(name, critic.backbone.get_input_embeddings().requires_grad_(False))
-            critic.backbone.set_input_embeddings(shared)
-        critics.append(critic)
-    return critics
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -924,9 +901,8 @@ def checked(reward: Callable, low: float, high: float) -> Callable:
 
 def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     """A prompt's token ids. Text gets what the tokenizer puts before any text (<s>), unless it begins with that, and
-    nothing that it puts after. Chat messages go through its chat template, with thinking switched off where there is a
-    switch; a tokenizer without one (a base model's) gets them as plain text: the contents, a line each, a blank line
-    between exchanges. If the last message is the assistant's, the answer continues it. Token ids stay what they are."""
+    nothing that it puts after. Chat messages go through its chat template, without thinking, or if there is none become
+    plain text, a line each, a blank line between exchanges. An answer begun by the last message is continued."""
     def ids_of(text):
         ids, one = (tokenizer(x, add_special_tokens=False).input_ids for x in (text, "1"))
         always = tokenizer("1").input_ids
@@ -957,9 +933,9 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     """A split of the task: of every row the prompt's token ids, checked before training, and the row itself. Where
     chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
     tokenizer, room, problems, checksum = learner.tokenizer, learner.config.max_new_tokens, [], 0
-    models = [learner.actor, *(critic.backbone for critic in learner.critics)]
-    entries = min(model.get_input_embeddings().num_embeddings for model in models)
-    context = min(getattr(x.config.get_text_config(), "max_position_embeddings", None) or math.inf for x in models)
+    entries = learner.actor.get_input_embeddings().num_embeddings  # of a critic, too (see make_learner)
+    context = min(getattr(x.config.get_text_config(), "max_position_embeddings", None) or math.inf
+                  for x in (learner.actor, *(critic.backbone for critic in learner.critics)))
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
     with saying(f"problems({split!r}) must return a datasets.Dataset with a column 'prompt'"):
         rows = task.problems(split, learner.config.seed, **({"level": level} if level else {}))
@@ -985,9 +961,9 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
 
 
 def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
-    """micro_batch_tokens and sample_batch, for texts of up to `longest` tokens. Per token, layer and hidden unit,
-    training takes some 85 bytes (Qwen3-0.6B on an H200), sampling at most 4 (key and value, in bf16). They may fill
-    half of what is free when every trained weight has its gradient and Adam's two moments."""
+    """micro_batch_tokens and sample_batch, for texts of up to `longest` tokens. They may fill half of what is free once
+    every trained weight has its gradient and Adam's two moments. Per token, layer and hidden unit, training takes some
+    85 bytes (Qwen3-0.6B on an H200), sampling at most 4 (key and value, in bf16)."""
     sizes = learner.actor.config.get_text_config()
     trained = sum(p.numel() for x in (learner.actor, *learner.critics) for p in x.parameters() if p.requires_grad)
     room = max(0, torch.cuda.mem_get_info()[0] - 12 * trained) / 2 / sizes.num_hidden_layers / sizes.hidden_size
@@ -1016,8 +992,16 @@ def make_learner(given: RunConfig, task) -> Learner:
         bases *= config.critics
     if len(bases) != config.critics:
         raise UserError(f"--critic-model names {len(bases)} models for {config.critics} critics; give one, or one each")
-    with saying(f"--critic-model {','.join(dict.fromkeys(bases))}"):
-        critics = make_critics(config, bases, layers, tokenizer)
+    critics, embeddings, generator = [], {}, torch.Generator().manual_seed(config.seed)
+    for base in bases:
+        with saying(f"--critic-model {base}"):
+            vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
+            if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
+                raise ValueError("its tokenizer is not the actor's")
+            critics.append(load_critic(base, layers, (config.reward_min, config.reward_max), generator))
+        if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
+            own = critics[-1].backbone.get_input_embeddings().requires_grad_(False)
+            critics[-1].backbone.set_input_embeddings(embeddings.setdefault(base, own))
     # One family may pad its vocabularies differently: no token that one of the models cannot read.
     known = [model.get_input_embeddings().num_embeddings for model in (actor, *(critic.backbone for critic in critics))]
     actor.resize_token_embeddings(min(known))
@@ -1032,8 +1016,7 @@ def make_learner(given: RunConfig, task) -> Learner:
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters")
+        print(f"{f'critic {m}' if m else 'actor':10s}{sum(p.numel() for p in model.parameters()):14,d} parameters")
     limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
     learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward, *limits))
 
@@ -1064,8 +1047,7 @@ def make_learner(given: RunConfig, task) -> Learner:
 # =============================================================================================== 8 The run
 
 def evaluate(learner: Learner) -> float:
-    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, with one seed. Prints
-    the first of them: prompt, answer and reward in a line."""
+    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Prints the first."""
     numbers = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, numbers, 1, seeded(learner.config.seed, "evaluation"))
     rewards = batch.rewards.sum(1)
@@ -1131,8 +1113,7 @@ def train(config: RunConfig, task) -> None:
     print(f"{config.algo}; leaves everything in {config.out}")
     out.mkdir(parents=True, exist_ok=True)
     if first:  # of two that start together, one stops here, before anything slow
-        with saying(f"{out} cannot be locked (is another process at work in it?)"):
-            lock = FileLock(out / "lock", blocking=False).acquire()  # held until this process or function ends
+        lock = FileLock(out / "lock", blocking=False).acquire()  # held until this process or function ends
         if not config.resume and (out / "config.json").exists():
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
     learner = make_learner(config, task)
@@ -1162,9 +1143,8 @@ def train(config: RunConfig, task) -> None:
                                 f"({key} is {row[key]:.2g})")
         if evaluating:
             row["eval_accuracy"] = evaluate(learner)
-            shown = row | {"seconds": sum(x for key, x in row.items() if key.startswith("seconds_")) or None}
-            keys = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length seconds".split()
-            tqdm.write("  ".join(f"{key} {shown[key]:.3g}" for key in keys if shown.get(key) is not None))
+            shown = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length".split()
+            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None))
         history.append({key: x if x is None or math.isfinite(x) else None for key, x in row.items()})  # JSON has no NaN
         if first:  # as a whole: steps after the checkpoint are repeated
             write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
