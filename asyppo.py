@@ -1216,6 +1216,8 @@ def parse(argv: list[str] | None) -> RunConfig:
         value = getattr(config, name)
         if get_origin(hint) is Annotated and not low <= value <= high:
             raise UserError(f"{name} must be from {low} to {high}, not {value}")
+    if config.critics > config.group_size:
+        raise UserError(f"group_size {config.group_size} is too small: each critic needs an answer to every prompt")
     return config
 
 

@@ -1425,7 +1425,7 @@ def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     ("--mask-k 1.1", "mask_k must be from 0 to 1, not 1.1"), ("--gamma nan", "gamma must be from 0 to 1, not nan"),
-    ("--group-size 1", "group_size must be from 2"), ("--group-size 2 --critics 3", "cannot be divided among 3"),
+    ("--group-size 1", "group_size must be from 2"), ("--group-size 2 --critics 3", "group_size 2 is too small"),
     ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "it has only 2 layers, not 9"),
     (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"), ("--out /dev/null/run", "Not a directory"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
@@ -1625,7 +1625,7 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     assert (out / "curves.png").stat().st_size > 10_000 < (out / "runs/grpo-1/tokens.png").stat().st_size
     results = experiment.load_results(out / "results.json")
     assert results.keys() == {"asyppo", "grpo"}, "the others go on when one has failed"
-    assert "cannot be divided among 9 critics" in (out / "runs/early-1.log").read_text()
+    assert "group_size 4 is too small" in (out / "runs/early-1.log").read_text()
     numbers = results["asyppo"]["1"]
     accuracy = [row["eval_accuracy"] for row in rows_of(out / "runs/asyppo-1") if row["eval_accuracy"] is not None]
     assert [numbers["final"], numbers["area"]] == pytest.approx([sum(accuracy[-2:]) / 2, sum(accuracy) / 5])
