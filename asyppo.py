@@ -47,7 +47,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -656,8 +655,6 @@ class Config:
 
 @dataclass
 class RunConfig(Config):
-    """Config, and what belongs to a run."""
-
     model: str = ""  # actor: directory, hub name, or Qwen3-0.6B for Qwen/Qwen3-0.6B (else the task's own)
     critic_model: str = ""  # the critics' base, or one for each as A,B; actor: the actor's (else its first layers)
     task: str = str(Path(__file__).with_name("toy_task.py"))  # task file with problems() and reward()
@@ -672,9 +669,9 @@ class RunConfig(Config):
     sample_batch: Annotated[int, 0, math.inf] = 0  # answers sampled at once (0: what fits; on a CPU 256)
 
 
-# Presets are other defaults. The baselines are the plain ones, without entropy bonus; with one critic sigma is 0, so
-# masks would do nothing. A single critic gets all the answers: with 64 per step, it takes as many steps as each of
-# AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it knows nothing at first.
+# Presets are other defaults. The baselines are plain: no entropy bonus, no masks (with one critic sigma is 0). A single
+# critic gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two. The critic of ppo is
+# the actor's checkpoint with a new head: on the toy, it knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 NAIVE = PLAIN | dict(critics=1, critic_batch=64)
 PRESETS = {"asyppo": {}, "ppo": NAIVE | dict(critic_model="actor", shared_embeddings=False), "naive": NAIVE,
@@ -688,8 +685,6 @@ MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=
 
 @dataclass
 class Learner:
-    """The state of training (models, optimizers), with config, tokenizer, reward and problems."""
-
     config: RunConfig
     actor: nn.Module
     critics: list[MiniCritic]
@@ -702,21 +697,19 @@ class Learner:
 
 
 def seeded(seed: int, what) -> torch.Generator:
-    """The random numbers of iteration `what` (or of the evaluation): a resumed run draws what an uninterrupted one
-    would. A generator on the CPU takes 32 bits."""
+    """The random numbers of iteration `what` (or of the evaluation), in a resumed run, too. It takes 32 bits."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
 
 
 def signal_of(batch: Batch, name: str, generator) -> torch.Tensor:
-    """What a mask ranks, [B, T]: sigma, or a control (the entropy of the policy that sampled, random numbers)."""
+    """What a mask ranks, [B, T]: sigma, or a control."""
     noise = torch.rand(batch.mask.shape, generator=generator).to(batch.mask.device)
     return {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}[name]
 
 
 def microbatches(batch: Batch, token_budget: int, what: str = ""):
-    """Yields row numbers and these rows of the batch: answers of similar length, together at most `token_budget` tokens
-    (at least one answer); of several processes, each gets its share. If a part's loss is weighted by its share of the
-    answers (update_actor) or of the tokens (update_critic), the gradients add up to that of one big batch."""
+    """Yields row numbers and these rows of the batch: this process's share, answers of similar length, together at most
+    `token_budget` tokens (at least one answer). Losses weighted by their part of the mean add up to the batch's."""
     rank, processes = rank_and_size()
     mine = batch.sizes.sum(1).argsort(stable=True)[rank::processes]
     at_once = max(1, token_budget // batch.tokens.shape[1])
@@ -731,8 +724,7 @@ def progress(steps: range, what: str):
 
 
 def averaged(found: list, batch: Batch) -> dict:
-    """The statistics of a pass over the batch, from its parts' row numbers, statistics and shares of the tokens: the
-    largest ratio_error, the mean of the others."""
+    """A pass's statistics, from its parts' row numbers, statistics and shares of the tokens."""
     table = batch.mask.new_zeros(3, len(batch.mask))  # a column per part, also of other processes: its first row's
     for index, stats, share in found:
         table[:, index[0]] = torch.stack([stats["ratio_error"], stats["clip_fraction"] * share, stats["kl"] * share])
@@ -741,8 +733,7 @@ def averaged(found: list, batch: Batch) -> dict:
 
 
 def mixed_precision(device: torch.device):
-    """On a GPU, the matrix products of a model's body run in bf16, from float32 weights; on a CPU, or on a GPU that
-    could only emulate bf16 (before Ampere), nothing changes."""
+    """On a GPU that does so itself (from Ampere on), the matrix products of a model's body run in bf16."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
@@ -755,9 +746,8 @@ class HalfCache(DynamicCache):
 
 
 def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
-    """The answers as text, without the end token. They are decoded with their prompts, which are then cut off: alone,
-    an answer might lose a space that comes first. Where a line break ends an answer (see load_problems), an end token
-    may hold text before it, as in "}\n\n": that is kept."""
+    """The answers as text, decoded with their prompts, which are then cut off: alone, an answer might lose its first
+    space. The end token goes; but if it is a line break with text before it, as in "}\n\n", that text is kept."""
     texts, P = [], batch.prompt_width
     for row, (p, t) in zip(batch.tokens.tolist(), batch.sizes.tolist()):
         ended = row[P + t - 1] in learner.end_ids
@@ -769,17 +759,14 @@ def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
 
 
 # Several processes: torchrun starts one per GPU. Shards, whitening and masks belong to the whole batch. So each process
-# samples and grades its share of the answers, and a sum of these parts (each 0 elsewhere) gives every process the whole
-# batch. Values and gradients come from each one's share of the microbatches, and are summed, too. Every loss is
-# weighted by its part of the mean, so the sum is the gradient of one process.
+# samples, grades, values and learns from its share, with 0 for all else, and a sum gives every process the whole.
 
 def rank_and_size() -> tuple[int, int]:
-    """The number of this process and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def my_share(rows):
-    """This process's part of a list or range, in one piece. One process has it all."""
+    """This process's part of a list or range, in one piece."""
     rank, size = rank_and_size()
     return rows[len(rows) * rank // size:len(rows) * (rank + 1) // size]
 
@@ -792,7 +779,7 @@ def summed(x: torch.Tensor) -> torch.Tensor:
 
 
 def join_processes() -> None:
-    """For a process that torchrun has started: meet the others, on a GPU of its own. Only the first one prints."""
+    """A process that torchrun has started meets the others, on a GPU of its own. Only the first one prints."""
     if dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -803,39 +790,25 @@ def join_processes() -> None:
 # =============================================================================================== 7 Loading
 
 class UserError(Exception):
-    """Something the user can fix. main() prints it as one line and exits with code 2."""
+    """What stops a run. main() prints it as one line and exits with code 2."""
 
 
 @contextlib.contextmanager
 def saying(what: str, shown=""):
-    """An error in here becomes one line that begins so; so does a call of exit() in a user's file."""
+    """An error in here becomes a UserError that begins so; so does a call of exit() in a user's file."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError):  # main knows what to say of these
+    except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a verifier's timeout may be no Exception
-        raise UserError(f"{what}{str(shown)[:300]}: {in_one_line(error)}") from error
-
-
-def in_one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or '(no message)'}"
-
-
-def file_of(name: str, file: str) -> str | None:
-    """The path of a model's file, whether `name` is a directory or on the hub; None if it has no such file."""
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
+        raise UserError(f"{what}{str(shown)[:300]}: {type(error).__name__}: {error}") from error
 
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
     """`auto_class`.from_pretrained in float32 and without dropout (which would make the first pass's ratio differ from
     1); if `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
-    # On a GPU, float32 heads multiply in TF32 (11 significant bits). And no cuDNN attention: on recent GPUs it has been
-    # reported to give NaN gradients under a mask (pytorch issue 196678).
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if file_of(name, "adapter_config.json"):
-        raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
     config = AutoConfig.from_pretrained(name)
     sizes = config.get_text_config()  # of a vision-language model, that of its text part
     if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
@@ -851,28 +824,22 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
-    if left := [key for key in sorted(found["unexpected_keys"]) if "lm_head" not in key and not (
-            layers and any(part.isdigit() and int(part) >= layers for part in key.split(".")))]:
-        print(f"warning: {name} holds {', '.join(left[:3])}, which is not loaded")
     check_model(model)
     return model
 
 
-def load_critic(name: str, layers: int = 0, reward_range: tuple[float, float] | None = None,
-                generator: torch.Generator | None = None) -> MiniCritic:
-    """A critic from the checkpoint `name`, cut to its first `layers` layers (0: all). A critic saved by a run and a
-    reward model (AutoModelForSequenceClassification, one label) keep their heads; any other gets a new one. The range,
-    if not given, is what the checkpoint was trained for, or 0 to 1."""
+def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, generator=None) -> MiniCritic:
+    """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
+    their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
     model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
     saved = getattr(model.config, "reward_range", None)  # by a run, with a head
     if reward_range and saved and tuple(saved) != tuple(reward_range):
-        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: give these as --reward-min and "
-                         "--reward-max")
+        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
     critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
     if graded:
         critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
-    elif saved or file_of(name, "value_head.safetensors"):
+    elif saved:
         critic.head.load_state_dict(load_file(cached_file(name, "value_head.safetensors")))
     return critic
 
@@ -891,21 +858,9 @@ def check_model(model) -> None:
             raise ValueError("its logits are capped or scaled; that is not supported")
 
 
-def make_critics(config: RunConfig, names: list[str], layers: int) -> list[MiniCritic]:
-    """A critic from each of these checkpoints."""
-    generator = torch.Generator().manual_seed(config.seed)
-    critics = [load_critic(name, layers, (config.reward_min, config.reward_max), generator) for name in names]
-    embeddings = {}
-    for name, critic in zip(names, critics):
-        if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
-            shared = embeddings.setdefault(name, critic.backbone.get_input_embeddings().requires_grad_(False))
-            critic.backbone.set_input_embeddings(shared)
-    return critics
-
-
 def end_ids(model, tokenizer) -> list[int]:
-    """All token ids that end an answer: the tokenizer's end token, those of the model's configurations (Qwen3 has two),
-    and what the chat template ends a turn with (which a base model's configuration may not name)."""
+    """All token ids that end an answer: the tokenizer's, those of the model's configurations (Qwen3 has two), and what
+    the chat template ends a turn with (which a base model's configuration may not name)."""
     found = set()
     for place in (tokenizer, model.config, model.generation_config):
         ids = getattr(place, "eos_token_id", None)
@@ -922,7 +877,7 @@ def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models(M)
     -> directory of an actor and a list of those of the M critics' bases; choose_level(share_of), with problems(split,
     seed, level); look(learner, batch) -> metrics; draw(out), pictures."""
-    with saying(f"--task {path}"), contextlib.chdir("."):  # back to here, wherever it goes
+    with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         # Named after its content: datasets caches by names and would give one task file the rows of another.
         name = f"task_{zlib.crc32(Path(path).read_bytes())}"
@@ -934,23 +889,20 @@ def load_task(path: str):
 
 
 def checked(reward: Callable, low: float, high: float) -> Callable:
-    """The task's reward(), which must return a finite number in this range; if not, the error shows the problem."""
+    """The task's reward(), which must return a finite number in this range."""
     def call(text: str, example: dict) -> float:
         with saying("reward() failed for ", example):
             value = float(reward(text, copy.deepcopy(example)))  # whatever it does to its row
-            if not abs(value) < 1e15:  # NaN, infinite, or so when squared in float32
-                raise ValueError(f"it returned {value}, not a finite number")
-            if not low <= value <= high:
-                raise ValueError(f"it returned {value}, outside --reward-min {low} and --reward-max {high}")
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"it returned {value}, no number from --reward-min {low} to --reward-max {high}")
             return value
     return call
 
 
 def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     """A prompt's token ids. Text gets what the tokenizer puts before any text (<s>), unless it begins with that, and
-    nothing that it puts after. Chat messages go through its chat template, with thinking switched off where there is a
-    switch; a tokenizer without one (a base model's) gets them as plain text: the contents, a line each, a blank line
-    between exchanges. If the last message is the assistant's, the answer continues it. Token ids stay what they are."""
+    nothing that it puts after. Chat messages go through its chat template, without thinking, or if there is none become
+    plain text, a line each, a blank line between exchanges. An answer begun by the last message is continued."""
     def ids_of(text):
         ids, one = (tokenizer(x, add_special_tokens=False).input_ids for x in (text, "1"))
         always = tokenizer("1").input_ids
@@ -977,20 +929,16 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")
 
 
-def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
-                  at_most: int | None = None) -> list[tuple[list[int], dict]]:
-    """A split of the task: of every row (or the first ones) the prompt's token ids, checked before training, and the
-    row itself. Where chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
+def load_problems(learner: Learner, task, split: str, at_least: int, level: str) -> list[tuple[list[int], dict]]:
+    """A split of the task: of every row the prompt's token ids, checked before training, and the row itself. Where
+    chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
     tokenizer, room, problems, checksum = learner.tokenizer, learner.config.max_new_tokens, [], 0
-    models = [learner.actor, *(critic.backbone for critic in learner.critics)]
-    entries = min(model.get_input_embeddings().num_embeddings for model in models)
-    context = min(getattr(x.config.get_text_config(), "max_position_embeddings", None) or math.inf for x in models)
+    entries = learner.actor.get_input_embeddings().num_embeddings  # of a critic, too (see make_learner)
+    context = min(getattr(x.config.get_text_config(), "max_position_embeddings", None) or math.inf
+                  for x in (learner.actor, *(critic.backbone for critic in learner.critics)))
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    with saying(f"problems({split!r}) must return a datasets.Dataset with a column 'prompt'"), contextlib.chdir("."):
+    with saying(f"problems({split!r}) must return a datasets.Dataset with a column 'prompt'"):
         rows = task.problems(split, learner.config.seed, **({"level": level} if level else {}))
-        if rows.format["type"] != "custom":  # a transform of the task's own stays; torch or numpy do not
-            rows = rows.with_format(None)
-        rows = rows.select(range(min(at_most or len(rows), len(rows))))
         rows = [row | {"prompt": row["prompt"]} for row in rows]  # each is read once: a transform may draw anew
         if len(rows) < at_least:
             raise ValueError(f"{len(rows)} rows, but {at_least} are needed")
@@ -1002,8 +950,7 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
             if len(ids) + room > context:
                 raise ValueError(f"{len(ids)} tokens and --max-new-tokens {room} exceed the models' context, {context}")
             checksum = zlib.crc32(str(ids).encode(), checksum)
-    total, count = summed(torch.tensor([checksum, 1])).tolist()
-    if total != checksum * count:
+    if summed(torch.tensor(checksum)) != checksum * rank_and_size()[1]:
         raise UserError(f"problems({split!r}) gives every process other rows (does it depend on the order of a set?)")
     if isinstance(rows[0]["prompt"][0], dict) and not tokenizer.chat_template:  # else a new problem might follow
         breaks = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
@@ -1014,22 +961,19 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
 
 
 def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
-    """micro_batch_tokens and sample_batch, for texts of up to `longest` tokens, by a rule of thumb. In training,
-    activations take some 85 bytes per token, layer and hidden unit (Qwen3-0.6B on an H200: 16 GiB for 7,168 tokens
-    more). In sampling, the cache takes 2 x 2 bytes (key and value, in bf16) per token, layer and key-value width. They
-    may fill half of what is free when every trained weight has its gradient and Adam's two moments."""
+    """micro_batch_tokens and sample_batch, for texts of up to `longest` tokens. They may fill half of what is free once
+    every trained weight has its gradient and Adam's two moments. Per token, layer and hidden unit, training takes some
+    85 bytes (Qwen3-0.6B on an H200), sampling at most 4 (key and value, in bf16)."""
     sizes = learner.actor.config.get_text_config()
-    head = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    width = head * (getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads)
     trained = sum(p.numel() for x in (learner.actor, *learner.critics) for p in x.parameters() if p.requires_grad)
-    room = max(0, torch.cuda.mem_get_info()[0] - 12 * trained) / 2 / sizes.num_hidden_layers
-    return 1 + int(room / (85 * sizes.hidden_size)), 1 + int(room / (4 * width * longest))
+    room = max(0, torch.cuda.mem_get_info()[0] - 12 * trained) / 2 / sizes.num_hidden_layers / sizes.hidden_size
+    return 1 + int(room / 85), 1 + int(room / (4 * longest))
 
 
-def make_learner(config: RunConfig, task) -> Learner:
-    """Everything that a run needs: models, optimizers, problems."""
+def make_learner(given: RunConfig, task) -> Learner:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    config = replace(given, micro_batch_tokens=given.micro_batch_tokens or 2048, sample_batch=given.sample_batch or 256)
     bases = config.critic_model.split(",") if config.critic_model else []
     name, *bases = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
                     for x in (config.model, *bases))
@@ -1040,29 +984,31 @@ def make_learner(config: RunConfig, task) -> Learner:
     bases = [name if base == "actor" else base for base in bases]
     with saying(f"--model {name}"):
         actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
-        entries = actor.get_input_embeddings().num_embeddings
-        ends = end_ids(actor, tokenizer)
-        if ends and min(ends) >= entries:
-            raise ValueError(f"none of its end tokens ({ends}) has a row in the embeddings: no answer could end")
     layers = config.critic_layers
     if not bases:  # the first quarter of the actor
         bases = [name]
         layers = layers or max(1, actor.config.get_text_config().num_hidden_layers // 4)
-    if len(bases) not in (1, config.critics) and config.critics:
+    if len(bases) == 1:
+        bases *= config.critics
+    if len(bases) != config.critics:
         raise UserError(f"--critic-model names {len(bases)} models for {config.critics} critics; give one, or one each")
-    bases = bases * config.critics if len(bases) == 1 else bases[:config.critics]
-    with saying(f"--critic-model {','.join(dict.fromkeys(bases))}"):
-        critics = make_critics(config, bases, layers)
-        for base in set(bases):
+    critics, embeddings, generator = [], {}, torch.Generator().manual_seed(config.seed)
+    for base in bases:
+        with saying(f"--critic-model {base}"):
             vocabulary = AutoTokenizer.from_pretrained(base).get_vocab()
             if any(vocabulary.get(token) != i for token, i in tokenizer.get_vocab().items()):
-                raise ValueError("its tokenizer is not the actor's, whose tokens critics must read")
-        for critic in critics:  # one family may pad its vocabulary differently: no token that a critic cannot read
-            entries = min(entries, critic.backbone.get_input_embeddings().num_embeddings)
-        if entries < actor.get_input_embeddings().num_embeddings:
-            actor.resize_token_embeddings(entries)
-        if ends and min(ends) >= entries:
-            raise ValueError(f"it knows none of the actor's end tokens ({ends}): no answer could end")
+                raise ValueError("its tokenizer is not the actor's")
+            critics.append(load_critic(base, layers, (config.reward_min, config.reward_max), generator))
+        if config.shared_embeddings:  # those of one checkpoint cost once, without gradient and moments
+            own = critics[-1].backbone.get_input_embeddings().requires_grad_(False)
+            critics[-1].backbone.set_input_embeddings(embeddings.setdefault(base, own))
+    # One family may pad its vocabularies differently: no token that one of the models cannot read.
+    known = [model.get_input_embeddings().num_embeddings for model in (actor, *(critic.backbone for critic in critics))]
+    actor.resize_token_embeddings(min(known))
+    found = end_ids(actor, tokenizer)
+    ends = [i for i in found if i < min(known)]
+    if found and not ends:
+        raise UserError(f"no answer could end: the end tokens are {found}, but the models (actor first) know {known}")
     optimizers = []
     for m, model in enumerate((actor, *critics)):
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
@@ -1070,55 +1016,45 @@ def make_learner(config: RunConfig, task) -> Learner:
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-        count = sum(p.numel() for p in model.parameters())  # 12 bytes each: float32 weight and Adam's two moments
-        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters()) / 2**20
-        print(f"{f'critic {m}' if m else 'actor':10s}{count:14,d} parameters {size:10.1f} MiB")
-    ends = [i for i in ends if i < entries]
-    sizes = dict(micro_batch_tokens=config.micro_batch_tokens or 2048, sample_batch=config.sample_batch or 256)
+        print(f"{f'critic {m}' if m else 'actor':10s}{sum(p.numel() for p in model.parameters()):14,d} parameters")
     limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
-    learner = Learner(replace(config, **sizes), actor, critics, optimizers, tokenizer, ends,
-                      checked(task.reward, *limits))
+    learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward, *limits))
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
-        problems = load_problems(learner, task, "train", 1, level, at_most=32)
+        problems = load_problems(learner, task, "train", 1, level)[:32]
         batch = sample_and_grade(learner, problems, range(len(problems)), 1, seeded(config.seed, "levels"))
         return float(batch.rewards.sum(1).mean()), float(batch.truncated.float().mean())
 
-    level = config.level
-    if level == "auto":
-        level = task.choose_level(share_of) if config.model and hasattr(task, "choose_level") else ""
-    learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, level)
-    learner.test_problems = load_problems(learner, task, "test", 1, level)
-    known = {tuple(ids) for ids, _ in learner.train_problems}
-    if both := sum(tuple(ids) in known for ids, _ in learner.test_problems):
+    if config.level == "auto":
+        config.level = task.choose_level(share_of) if config.model and hasattr(task, "choose_level") else ""
+    learner.train_problems = load_problems(learner, task, "train", config.prompts_per_step, config.level)
+    learner.test_problems = load_problems(learner, task, "test", 1, config.level)
+    seen = {tuple(ids) for ids, _ in learner.train_problems}
+    if both := sum(tuple(ids) in seen for ids, _ in learner.test_problems):
         print(f"warning: {both} of {len(learner.test_problems)} held-out prompts are also in the training split")
-    if torch.cuda.is_available() and not (config.micro_batch_tokens and config.sample_batch):
+    if torch.cuda.is_available() and not (given.micro_batch_tokens and given.sample_batch):
         longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-        fitting = zip(sizes, fit_into_memory(learner, longest))
-        sizes = {name: getattr(config, name) or size for name, size in fitting}
-    learner.config = replace(config, level=level, **sizes)
-    held_out = min(config.eval_problems, len(learner.test_problems))
-    print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
-          f"{config.max_new_tokens} tokens: smaller with --prompts-per-step, --group-size, --eval-problems, "
-          "--max-new-tokens; at once {micro_batch_tokens} tokens in training, {sample_batch} answers in sampling: "
-          "--micro-batch-tokens, --sample-batch".format_map(sizes))
+        tokens, answers = fit_into_memory(learner, longest)
+        config.micro_batch_tokens = given.micro_batch_tokens or tokens
+        config.sample_batch = given.sample_batch or answers
+    print(f"{config.prompts_per_step * config.group_size} answers a step, of at most {config.max_new_tokens} tokens; "
+          f"at once --micro-batch-tokens {config.micro_batch_tokens}, --sample-batch {config.sample_batch}")
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
 
 # =============================================================================================== 8 The run
 
-def evaluate(learner: Learner) -> tuple[float, str]:
-    """Mean reward (the accuracy) on held-out problems: one answer each, sampled as in training, with one seed. And the
-    first of them to look at: prompt, answer and reward in a line."""
+def evaluate(learner: Learner) -> float:
+    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Prints the first."""
     numbers = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, numbers, 1, seeded(learner.config.seed, "evaluation"))
+    rewards = batch.rewards.sum(1)
     prompt, whole = (" ".join(learner.tokenizer.decode(ids).split()) for ids in (
         learner.test_problems[0][0], batch.tokens[0][batch.attention[0].bool()]))
-    half = shutil.get_terminal_size().columns // 2 - 8
-    rewards = batch.rewards.sum(1)
-    return float(rewards.mean()), f"  {prompt[-half:]} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}"
+    tqdm.write(f"  {prompt[-50:]} | {whole[len(prompt):][:50]} | reward {rewards[0]:.2g}")
+    return float(rewards.mean())
 
 
 def explained_variance(values, returns, mask):
@@ -1151,8 +1087,8 @@ def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
 
 
 def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tuple[Batch, dict]:
-    """train_step, its metrics and the seconds of its phases. If look(learner, batch) is given, the critics also predict
-    before they learn from the batch, and it may add metrics. It is called before the actor learns, off the clock."""
+    """train_step, its metrics and the seconds of its phases. If look(learner, batch) -> metrics is given, the critics
+    also predict before they learn, and it is called before the actor learns, off the clock."""
     metrics, then, on_gpu = {"step": step}, time.perf_counter(), learner.actor.device.type == "cuda"
 
     def watch(phase, batch):
@@ -1173,50 +1109,50 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
 
 def train(config: RunConfig, task) -> None:
-    """A whole run: every iteration, all that is printed, all that is left in config.out."""
     out, first = Path(config.out).absolute(), rank_and_size()[0] == 0
     print(f"{config.algo}; leaves everything in {config.out}")
     out.mkdir(parents=True, exist_ok=True)
     if first:  # of two that start together, one stops here, before anything slow
-        with saying(f"{out} cannot be locked (is another process at work in it?)"):
-            lock = FileLock(out / "lock", blocking=False).acquire()  # held until this process or function ends
+        lock = FileLock(out / "lock", blocking=False).acquire()  # held until this process or function ends
         if not config.resume and (out / "config.json").exists():
             raise UserError(f"{out} already holds a run; go on with it (--resume {out}), or give another --out")
     learner = make_learner(config, task)
-    history = load_checkpoint(learner, out) if config.resume and (out / "checkpoint.pt").exists() else []
-    saved, config = replace(config, level=learner.config.level, resume=""), learner.config
+    parts, history = [learner.actor, *learner.critics, *learner.optimizers], []
+    if config.resume and (out / "checkpoint.pt").exists():
+        with saying(f"{out}/checkpoint.pt is damaged, or not of this run's models (without it, --resume starts anew)"):
+            saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for part, state in zip(parts, saved["parts"], strict=True):
+                part.load_state_dict(state)
+            history = saved["rows"]
     if first:  # with its flags of memory as given: it may be resumed on another GPU
-        write_whole(out / "config.json", json.dumps(asdict(saved), indent=1))
+        given = replace(config, level=learner.config.level, resume="")
+        write_whole(out / "config.json", json.dumps(asdict(given), indent=1))
+    config, end = learner.config, config.steps
 
-    def record(row, example=""):
+    for step in tqdm(range(len(history), end + 1), config.algo, initial=len(history), total=end + 1, disable=not first):
+        evaluating = step % config.eval_every == 0 or step == end
+        row = {"step": 0}
+        if step > 0:
+            looking = evaluating or step <= config.critic_warmup
+            batch, row = timed_step(learner, step, getattr(task, "look", lambda *_: {}) if looking else None)
+            # Before any update the ratio is 1 but for rounding: in float32 up to 1e-5, and more the lower the
+            # temperature. In bf16 one rare token of SmolLM2 was off by 0.9, though the KL was 4e-4: there, see the KL.
+            key, limit = ("first_ratio_error", 1e-3) if learner.actor.device.type == "cpu" else ("first_kl", 1e-2)
+            if row[key] is not None and not row[key] < limit / min(1, config.temperature):
+                raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
+                                f"({key} is {row[key]:.2g})")
+        if evaluating:
+            row["eval_accuracy"] = evaluate(learner)
+            shown = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length".split()
+            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None))
         history.append({key: x if x is None or math.isfinite(x) else None for key, x in row.items()})  # JSON has no NaN
         if first:  # as a whole: steps after the checkpoint are repeated
             write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-        if example:
-            row = row | {"seconds": sum(x for key, x in row.items() if key.startswith("seconds_")) or None}
-            shown = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length seconds".split()
-            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None) + f"\n{example}")
-
-    if not history:
-        accuracy, example = evaluate(learner)
-        record({"step": 0, "eval_accuracy": accuracy}, example)
-    start, end = history[-1]["step"], config.steps
-    for step in tqdm(range(start + 1, end + 1), config.algo, initial=start, total=end, disable=not first):
-        evaluating = step % config.eval_every == 0 or step == end
-        looking = evaluating or step <= config.critic_warmup
-        batch, metrics = timed_step(learner, step, getattr(task, "look", lambda *_: {}) if looking else None)
-        # Before any update the ratio is 1 but for rounding, which grows with 1 / temperature: in float32 up to 1e-5. In
-        # bf16 it was off by 0.9 on one rare token of SmolLM2, though the KL was 4e-4: there, look at the KL.
-        key, limit = ("first_ratio_error", 1e-3) if learner.actor.device.type == "cpu" else ("first_kl", 1e-2)
-        if metrics[key] is not None and not metrics[key] < limit / min(1, config.temperature):
-            raise UserError(f"step {step}: the model scores its own samples differently from how it sampled them "
-                            f"({key} is {metrics[key]:.2g})")
-        example = ""
-        if evaluating:
-            metrics["eval_accuracy"], example = evaluate(learner)
-        record(metrics, example)
-        if first and (config.checkpoint_every and step % config.checkpoint_every == 0 or step == end):
-            save_checkpoint(learner, history, batch, out)
+        if first and step > 0 and (config.checkpoint_every and step % config.checkpoint_every == 0 or step == end):
+            # The batch, for pictures, comes first: what is killed after the checkpoint of the last step lacks nothing.
+            tensors = {name: x.cpu().contiguous() for name, x in vars(batch).items() if x is not None}
+            save_file(tensors, out / "last_batch.safetensors")
+            write_whole(out / "checkpoint.pt", {"rows": history, "parts": [part.state_dict() for part in parts]})
     if first:
         save_models(learner, out)
         if hasattr(task, "draw"):
@@ -1226,32 +1162,8 @@ def train(config: RunConfig, task) -> None:
 def write_whole(path: Path, content) -> None:
     """Write text, or what torch.save takes, beside `path` and move it there: a crash leaves the old or the new."""
     beside = path.with_name(path.name + ".unfinished")
-    try:
-        beside.write_text(content) if isinstance(content, str) else torch.save(content, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def save_checkpoint(learner: Learner, history: list[dict], batch: Batch, out: Path) -> None:
-    """The state of a run: weights, optimizers and the metrics so far, whose last row has the step. The batch, for
-    pictures, comes first: a run that is killed from here on can be completed."""
-    with saying(f"the checkpoint of step {history[-1]['step']} could not be written (make room, then --resume {out})"):
-        save_file({name: x.cpu().contiguous() for name, x in vars(batch).items() if x is not None},
-                  out / "last_batch.safetensors")
-        parts = [learner.actor, *learner.critics, *learner.optimizers]
-        write_whole(out / "checkpoint.pt", {"rows": history, "parts": [part.state_dict() for part in parts]})
-
-
-def load_checkpoint(learner: Learner, out: Path) -> list[dict]:
-    """Put a checkpoint's state into the learner and return the rows of its metrics."""
-    path = out / "checkpoint.pt"
-    with saying(f"{path} is damaged, or not of this run's models; put back a copy, or delete it and --resume starts "
-                "from the first step"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for part, state in zip([learner.actor, *learner.critics, *learner.optimizers], saved["parts"], strict=True):
-            part.load_state_dict(state)
-        return saved["rows"]
+    beside.write_text(content) if isinstance(content, str) else torch.save(content, beside)
+    os.replace(beside, path)
 
 
 def save_models(learner: Learner, out: Path) -> None:
@@ -1304,33 +1216,30 @@ def parse(argv: list[str] | None) -> RunConfig:
         value = getattr(config, name)
         if get_origin(hint) is Annotated and not low <= value <= high:
             raise UserError(f"{name} must be from {low} to {high}, not {value}")
-    if not config.reward_min < config.reward_max:
-        raise UserError(f"reward_min {config.reward_min} must be below reward_max {config.reward_max}")
     if config.critics > config.group_size:
         raise UserError(f"group_size {config.group_size} is too small: each critic needs an answer to every prompt")
     return config
 
 
 def main(argv: list[str] | None = None) -> int:
-    goes_on = "; a run that has begun goes on from its last checkpoint with --resume and its directory"
+    stopped = "stopped (a run that has begun goes on from its last checkpoint with --resume and its directory)"
     try:
         join_processes()
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows its number
             getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
         config = parse(argv)
-        train(config, load_task(config.task))
+        with saying(stopped):
+            train(config, load_task(config.task))
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        line, code = "stopped" + goes_on, 130
-    except BaseException as error:
-        if isinstance(error, SystemExit) or os.environ.get("ASYPPO_TRACEBACK"):  # for whoever debugs a task
+        line, code = stopped, 130
+    except UserError as error:
+        if os.environ.get("ASYPPO_TRACEBACK"):  # for whoever debugs a task
             raise
-        line, code = str(error) if isinstance(error, UserError) else in_one_line(error) + goes_on, 2
-        if isinstance(error, torch.OutOfMemoryError):
-            line += ". Lower --sample-batch if it came while sampling, else --micro-batch-tokens"
-    print("asyppo: " + " ".join(line.split()), file=sys.stderr)
+        line, code = str(error), 2
+    print("asyppo: " + " ".join(line.split())[:1000], file=sys.stderr)
     return code
 
 

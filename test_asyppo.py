@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import types
-from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +29,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -168,16 +167,13 @@ def test_worked_examples():
 
 
 @pytest.mark.parametrize("prompts, group, critics", [(5, 8, 2), (7, 5, 2), (6, 8, 3), (4, 3, 3), (3, 4, 1)])
-def test_shards_are_disjoint_even_and_see_every_prompt(prompts, group, critics):
+def test_shards_are_disjoint_even_random_and_see_every_prompt(prompts, group, critics):
     owner = asyppo.assign_shards(prompts, group, critics, torch.Generator().manual_seed(1))
     assert owner.shape == (prompts * group,) and owner.dtype == torch.long
     counts = torch.stack([torch.bincount(row, minlength=critics) for row in owner.view(prompts, group)])
     assert counts.min() >= group // critics and counts.max() <= -(-group // critics)
     totals = counts.sum(0)
     assert totals.max() - totals.min() <= 1, "the odd answers should go round"
-
-
-def test_shards_are_random_and_follow_the_generator():
     draws = [asyppo.assign_shards(8, 8, 2, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert len(torch.tensor(draws[0]).view(8, 8).unique(dim=0)) > 4, "every prompt is dealt out anew"
@@ -292,7 +288,7 @@ def loss_by_hand(i):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_policy_loss_and_its_gradient_are_the_papers(seed):
+def test_policy_loss_its_gradient_and_its_statistics(seed):
     inputs, found = loss_inputs(seed), []
     for function in (lambda i: asyppo.policy_loss(**i)[0], loss_by_hand):
         i = inputs | {key: inputs[key].clone().requires_grad_()
@@ -305,6 +301,13 @@ def test_policy_loss_and_its_gradient_are_the_papers(seed):
     for ours, expected in zip(*found):
         assert torch.allclose(ours, expected, atol=1e-12) and ours.abs().sum() > 0
     assert (found[0][1][inputs["mask"] == 0] == 0).all()
+    assert all(float(x) == 0 for x in asyppo.policy_loss(**inputs | {"old_logprobs": inputs["logprobs"]})[1].values())
+    stats = asyppo.policy_loss(**inputs)[1]
+    log_ratio = (inputs["logprobs"] - inputs["old_logprobs"])[inputs["mask"].bool()].tolist()
+    changes = [abs(math.exp(x) - 1) for x in log_ratio]
+    assert float(stats["ratio_error"]) == pytest.approx(max(changes))
+    assert float(stats["clip_fraction"]) == pytest.approx(sum(c > 0.2 for c in changes) / len(changes))
+    assert float(stats["kl"]) == pytest.approx(sum(math.exp(x) - 1 - x for x in log_ratio) / len(log_ratio))
 
 
 def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
@@ -335,17 +338,6 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
         (loss, stats), error = asyppo.policy_loss(*[x] * 7, clip=0.2, beta=0.3), asyppo.critic_loss(x, x, x)
         (loss + error).backward()
         assert loss == error == 0 and x.grad.shape == shape and [float(v) for v in stats.values()] == [0, 0, 0]
-
-
-def test_statistics_of_the_policy_loss():
-    inputs = loss_inputs()
-    assert all(float(x) == 0 for x in asyppo.policy_loss(**inputs | {"old_logprobs": inputs["logprobs"]})[1].values())
-    stats = asyppo.policy_loss(**inputs)[1]
-    log_ratio = (inputs["logprobs"] - inputs["old_logprobs"])[inputs["mask"].bool()].tolist()
-    changes = [abs(math.exp(x) - 1) for x in log_ratio]
-    assert float(stats["ratio_error"]) == pytest.approx(max(changes))
-    assert float(stats["clip_fraction"]) == pytest.approx(sum(c > 0.2 for c in changes) / len(changes))
-    assert float(stats["kl"]) == pytest.approx(sum(math.exp(x) - 1 - x for x in log_ratio) / len(log_ratio))
 
 
 def test_critic_loss_and_explained_variance():
@@ -414,22 +406,19 @@ def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
 
 
 def test_each_critic_learns_from_its_own_shard(tiny, spy):
-    learner, shards, states, trained = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], [], ([], [])
+    learner, shards, states = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], []
 
     def started(learner, m, batch, shard, generator):
         shards.append(shard.tolist())
         states.append(generator.get_state())
     spy("update_critic", started)
-    spy("critic_loss", lambda values, returns, mask: trained[len(shards) - 1].extend(returns.sum(1).tolist()))
     parts = []
     spy("microbatches", lambda batch, *_: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
-    batch, _ = asyppo.train_step(learner, 1)
+    asyppo.train_step(learner, 1)
     assert len(parts) == 8 and parts[0] | parts[1] == parts[2] | parts[3], "two minibatches in every epoch"
     assert parts[0] != parts[2] and parts[4] != parts[6], "every epoch deals them anew"
     assert sorted(shards[0] + shards[1]) == list(range(16)), "no answer to two of them"
     assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
-    for m in (0, 1):  # the returns it was given are those of its own answers, each critic_epochs times
-        assert sorted(trained[m]) == pytest.approx(sorted(batch.returns[shards[m]].sum(1).tolist() * 2), abs=1e-5)
     assert torch.equal(*states), "all critics shuffle alike"
     shards.clear()
     asyppo.train_step(learner_of(tiny, shared_data=True), 1)
@@ -638,21 +627,28 @@ def test_each_critic_may_have_a_base_of_its_own(tiny, tmp_path, fails):
     tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
     assert tables[0] is not tables[1] and not any(table.requires_grad for table in tables)
     fails("--critic-model names 3 models for 2 critics", "--critic-model", f"{two},actor")
-    fails(f"--critic-model {tiny}/critic,no/such", "--critic-model", f"{tiny}/critic,no/such")
+    fails("--critic-model no/such: OSError", "--critic-model", f"{tiny}/critic,no/such")
     out = tmp_path / "first"
     assert asyppo.main(arguments(tiny, out, "--steps", "2", "--reward-max", "2")) == 0
     again = learner_of(tiny, critic_model=f"{out}/critic_1,{out}/critic_2", reward_max=2.0).critics
     assert not torch.equal(weights(again[0]), weights(again[1])), "a run's critics start the next one"
     assert asyppo.load_critic(f"{out}/critic_2").backbone.config.reward_range == [0, 2]
-    fails("trained for rewards from 0.0 to 2.0: give", "--critic-model", f"{out}/critic_1")
-    fails("reward_min 1.0 must be below reward_max 1.0", "--reward-min", "1")
+    fails("trained for rewards from 0.0 to 2.0: set", "--critic-model", f"{out}/critic_1")
 
 
-def test_critics_start_alike_but_for_their_heads(tiny):
+def test_critics_start_alike_but_for_their_heads_and_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
     (first, second), base = learner_of(tiny).critics, AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
     assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.25
-    assert not torch.equal(first.head.weight, learner_of(tiny, seed=1).critics[0].head.weight), "another seed"
+    again, other = (learner_of(tiny, seed=seed).critics[0].head.weight for seed in (0, 1))
+    assert torch.equal(first.head.weight, again) and not torch.equal(first.head.weight, other), "another seed"
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tiny / "critic", num_labels=1))
+    shutil.copytree(tiny / "critic", tmp_path / "graded")
+    model.save_pretrained(tmp_path / "graded")
+    critics = learner_of(tiny, critic_model=str(tmp_path / "graded")).critics
+    assert all(torch.equal(critic.head.weight, model.score.weight) and critic.head.bias == 0 for critic in critics)
+    assert torch.equal(weights(critics[0].backbone), weights(model.model))
 
 
 def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
@@ -668,16 +664,6 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
     assert asyppo.train_step(learner, 1)[1][0]["ratio_error"] < 1e-4
     with pytest.raises(ValueError, match="only 8 layers, not 9"):
         asyppo.load_critic(str(tmp_path), 9)
-
-
-def test_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
-    torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tiny / "critic", num_labels=1))
-    shutil.copytree(tiny / "critic", tmp_path / "graded")
-    model.save_pretrained(tmp_path / "graded")
-    critics = learner_of(tiny, critic_model=str(tmp_path / "graded")).critics
-    assert all(torch.equal(critic.head.weight, model.score.weight) and critic.head.bias == 0 for critic in critics)
-    assert torch.equal(weights(critics[0].backbone), weights(model.model))
 
 
 def test_a_saved_critic_by_its_name_on_the_hub_keeps_its_head(run_of, tmp_path, monkeypatch):
@@ -836,7 +822,7 @@ def test_what_runs_at_once_fits_into_the_free_memory(tiny, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (moments + 2 * room, 0))
         tokens, answers = asyppo.fit_into_memory(learner, longest=90)
         assert 0 <= tokens - max(0, room) / (2 * 32 * 85) <= 1, "two layers of width 32"
-        assert 0 <= answers - max(0, room) / (2 * 2 * 16 * 4 * 90) <= 1, "two layers, two heads of 16 each"
+        assert 0 <= answers - max(0, room) / (2 * 32 * 4 * 90) <= 1
     monkeypatch.setattr(asyppo, "fit_into_memory", lambda *_: (7, 8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
@@ -855,7 +841,7 @@ def three_algorithms(tiny):
         learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
                              **asyppo.PRESETS[algo] | {"critic_model": str(tiny / "critic")})
         rows = [asyppo.measure(learner, *asyppo.train_step(learner, step)) for step in (1, 2, 3)]
-        rows.append({"eval_accuracy": asyppo.evaluate(learner)[0]})
+        rows.append({"eval_accuracy": asyppo.evaluate(learner)})
         found[algo] = rows, [weights(model) for model in (learner.actor, *learner.critics)]
     return found
 
@@ -916,7 +902,7 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
 
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     learner, digests = learner_of(tiny), []
-    monkeypatch.setattr(asyppo, "summed", lambda x: 2 * x + torch.tensor([1, 0]))  # another has another checksum
+    monkeypatch.setattr(asyppo, "summed", lambda x: x + 1)  # another has another checksum
     with pytest.raises(asyppo.UserError, match="gives every process other rows"):
         asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
@@ -1031,8 +1017,7 @@ def texts_of(learner, ids, width):
 
 def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny, capsys):
     learner, breaks = learner_of(tiny), set(byte_tokenizer().convert_tokens_to_ids(["\u010a", "\u010a\u010a"]))
-    for model in (learner.actor, *(critic.backbone for critic in learner.critics)):
-        model.get_input_embeddings().num_embeddings = 1000
+    learner.actor.get_input_embeddings().num_embeddings = 1000
     for template, prompt, ends in [(None, CHAT, {1, *breaks}), (CHATML, CHAT, {1}), (None, "1+1=\n", {1}),
                                    (None, [5, 6], {1})]:
         learner.tokenizer, learner.end_ids = byte_tokenizer(template=template), [1]
@@ -1078,19 +1063,18 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     flags += " --max-new-tokens 8 --utd 2 --prompts-per-step 2 --group-size 2 --lr 1e-3 --micro-batch-tokens 900"
     assert asyppo.main(flags.split()) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "4 answers a step and 4 an evaluation, of at most 8 tokens" in told
-    assert re.search(r"step 2  eval_accuracy 0 .* kl .* seconds .*\n.* \| .{0,40} \| reward 0\n", told), told
+    assert "4 answers a step, of at most 8 tokens; at once --micro-batch-tokens 900, --sample-batch 256" in told
+    assert re.search(r" \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*\n", told), told
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
-    count, layers = sum(p.numel() for p in model.parameters()), model.config.num_hidden_layers
-    assert re.search(rf"actor +{count:,} parameters .*\ncritic 1 .*\ncritic 2 ", told)
+    count = sum(p.numel() for p in model.parameters())
+    assert re.search(rf"actor +{count:,} parameters\ncritic 1 .*\ncritic 2 ", told)
     assert all(row["first_ratio_error"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert (config["level"], config["lr"], config["critic_lr"]) == ("1-shown", 1e-3, 5e-5), "--model's own defaults"
+    assert (config["level"], config["lr"]) == ("1-shown", 1e-3)
+    assert config["critic_lr"] == asyppo.MODEL_DEFAULTS["critic_lr"] != asyppo.Config.critic_lr
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
     assert "chosen" not in capsys.readouterr().out, "the level is not chosen again"
     assert len(transformers.GenerationConfig.from_pretrained(tmp_path / "run/actor").eos_token_id) == 3 - bool(template)
-    critic = asyppo.load_critic(str(tmp_path / "run/critic_1"))
-    assert critic.backbone.config.num_hidden_layers == max(1, layers // 4), "cut from the actor"
 
 
 @pytest.mark.parametrize("right, best, hopeless", [([32, 24, 16, 8, 1, 1], 2, False), ([32, 31, 1, 0], 2, True)])
@@ -1137,7 +1121,6 @@ def edit(name, **changes):
 @pytest.mark.parametrize("flag, change, said", [
     ("--model", lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
     ("--model", edit("config.json", tie_word_embeddings=False), "no weights for lm_head.weight: is it a language mod"),
-    ("--model", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter (LoRA)"),
     ("--model", edit("config.json", quantization_config={"quant_method": "awq"}), "quantised"),
     ("--model", lambda f: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**LLAMA | dict(
         vocab_size=20, head_dim=8, num_key_value_heads=1))).save_pretrained(f), "cap their logits"),
@@ -1153,7 +1136,7 @@ def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
     fails(f"{flag} {tmp_path}/model ... {said}", flag, str(tmp_path / "model"))
 
 
-def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, capsys):
+def test_critics_that_know_fewer_tokens(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny / "actor")
     model.resize_token_embeddings(400, mean_resizing=False)  # one family may pad its vocabularies differently
     model.get_input_embeddings().weight.data[-80:] = 3.0
@@ -1162,21 +1145,15 @@ def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, ca
     learner = learner_of(tiny, model=str(tmp_path))
     rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
     assert asyppo.train_step(learner, 1)[0].tokens.max() < rows == learner.actor.config.vocab_size
-    for ends, said in ([rows], "--critic-model .* it knows none of"), ([400], "--model .* none of its end tokens"):
-        with mock.patch.object(asyppo, "end_ids", lambda *_: ends), pytest.raises(asyppo.UserError, match=said):
-            learner_of(tiny, model=str(tmp_path))
+    said = rf"no answer could end: .*{rows}.*models \(actor first\) know \[400, {rows}, {rows}\]"
+    with mock.patch.object(asyppo, "end_ids", lambda *_: [rows]), pytest.raises(asyppo.UserError, match=said):
+        learner_of(tiny, model=str(tmp_path))
     with mock.patch.object(asyppo, "end_ids", lambda *_: [2, rows, 400]):
         assert learner_of(tiny, model=str(tmp_path)).end_ids == [2], "trained with those that there are"
     shutil.copytree(tiny / "critic", tmp_path / "critic")
-    save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
-              tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
     edit("config.json", max_position_embeddings=20)(tmp_path / "critic")
     with pytest.raises(asyppo.UserError, match="exceed the models' context, 20"):
         learner_of(tiny, critic_model=str(tmp_path / "critic"))
-    capsys.readouterr()
-    for path, layers, told in ((tmp_path, 0, 1), (tmp_path, 1, 1), (tiny, 0, 0), (tiny, 1, 0)):
-        asyppo.load_critic(str(path / "critic"), layers)
-        assert capsys.readouterr().out.count("v_head.summary.weight") == told
 
 
 def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
@@ -1195,9 +1172,9 @@ def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
     (task_file("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
     (task_file("[[3], [99999]] * 4"), "of row 1"), (task_file("[[3], [-1]] * 4"), "of row 1"),
     (task_file("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
-    (task_file(reward="float('nan')"), "it returned nan, not a finite number"),
-    (task_file(reward="-0.5"), "it returned -0.5, outside --reward-min 0.0 and --reward-max 1.0"),
-    (task_file(reward="1e16"), "it returned 1e+16"), (task_file(reward="1 / 0"), "ZeroDivisionError"),
+    (task_file(reward="float('nan')"), "it returned nan, no number from"),
+    (task_file(reward="-0.5"), "it returned -0.5, no number from --reward-min 0.0 to --reward-max 1.0"),
+    (task_file(reward="1 / 0"), "ZeroDivisionError"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
     ("class Timeout(BaseException): pass\ndef late():\n    raise Timeout('slow')\n" + task_file(reward="late()"),
@@ -1209,14 +1186,14 @@ def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
 
 
 def test_tasks_that_work(tiny, tmp_path, monkeypatch):
-    """A helper beside it, a level, torch's format, bytes, odd numbers from look(), other working directories."""
+    """A helper beside it, a level, bytes, odd numbers from look(), another working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, "models")
     Path("helper_of_task.py").write_text("RIGHT = '1'\n")
     Path("task.py").write_text(
-        "import os, numpy, torch\nfrom datasets import Dataset\nfrom helper_of_task import RIGHT\nos.chdir('/usr')\n"
-        "def problems(split, seed, level=0):\n    assert level == '2'\n    os.chdir('/')\n"
-        "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8, 'x': [[1]] * 8}).with_format('torch')\n"
+        "import os, numpy, torch\nfrom datasets import Dataset\nfrom helper_of_task import RIGHT\n"
+        "def problems(split, seed, level=0):\n    assert level == '2'\n"
+        "    return Dataset.from_dict({'prompt': [b'1+1 ='] * 8, 'x': [[1]] * 8})\n"
         "def reward(response, row):\n    return row['x'].pop() and response[:1] == RIGHT\n"
         "def look(*_):\n    return {'step': 9, 'x': numpy.float64(1), 'y': torch.tensor(2)}\n")
     more = "--task task.py --level 2 --model models/actor --critic-model models/critic"
@@ -1246,14 +1223,14 @@ def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_c
 def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     learner, asked = learner_of(tiny, eval_problems=20), []
     learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
-    assert asyppo.evaluate(learner)[0] == 0.25 == asyppo.evaluate(learner)[0]
+    assert asyppo.evaluate(learner) == 0.25 == asyppo.evaluate(learner)
     assert asked[:20] == asked[20:], "the same answers from the same policy"
     held_out, train = ([row["prompt"] for _, row in x] for x in (learner.test_problems, learner.train_problems))
     assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
     other = learner_of(tiny, seed=1)
     assert other.train_problems != learner.train_problems and other.test_problems != learner.test_problems
     other.test_problems, other.reward = learner.test_problems, learner.reward
-    assert asyppo.evaluate(other)[0] == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
+    assert asyppo.evaluate(other) == 0.25 and asked[40:] != asked[:8], "another seed, other random numbers"
     rows, which = FirstTokenTask.problems("train", 0), {"train": range(40), "test": [*range(30, 50), 39]}
     learner_of(tiny, types.SimpleNamespace(reward=len, problems=lambda split, _: rows.select(which[split])))
     assert re.findall(r"warning: (.*) held-out prompts are also in the tr", capsys.readouterr().out) == ["11 of 21"]
@@ -1318,10 +1295,10 @@ def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
     out.mkdir()
     with FileLock(out / "lock"), monkeypatch.context() as patch:
         patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
-        fails("is another process at work in it?", out=out)
+        fails("lock' could not be acquired", out=out)
     monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
     real = asyppo.make_learner  # by now the run has begun, and holds the lock
-    monkeypatch.setattr(asyppo, "make_learner", lambda *a: (fails("at work in it?", out=out), real(*a))[1])
+    monkeypatch.setattr(asyppo, "make_learner", lambda *a: (fails("could not be acquired", out=out), real(*a))[1])
     assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
 
@@ -1354,10 +1331,8 @@ def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
     assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
 
 
-@pytest.mark.parametrize("step, code, said", [  # ctrl-C before the first checkpoint and after it; a full disk
-    (2, 130, "goes on from its last checkpoint with --resume"), (5, 130, "goes on from its last checkpoint"),
-    (6, 2, "the checkpoint of step 6 ... No space left"), (9, 130, "goes on from its last checkpoint")])  # the last one
-def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code, said):
+@pytest.mark.parametrize("step, code", [(2, 130), (5, 130), (6, 2), (9, 130)])  # ctrl-C; a full disk; the last one
+def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code):
     out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
 
     def interrupted(learner, now, *rest):
@@ -1381,8 +1356,8 @@ def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of,
         patch.setattr(torch, "save", full_disk)
         assert asyppo.main(arguments(tiny, out, *LONGER)) == code
     told = capsys.readouterr().err
-    assert all(part in told for part in said.split(" ... ")) and "Traceback" not in told
-    assert not list(out.glob("*.unfinished")) and not (out / "actor").exists()
+    assert "goes on from its last checkpoint with --resume" in told and "Traceback" not in told
+    assert ("No space left" in told) == (code == 2) and not (out / "actor").exists()
     drawing = ["--task", str(tiny / "drawing.py")] * (step == 9)
     assert asyppo.main(["--resume", str(out), *drawing]) == 0 and same_result(out, unstopped)
     assert (out / "tokens.png").exists() == (step == 9)
@@ -1398,7 +1373,7 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
         assert (row["explained_variance"] is None) == (row["step"] in (3, 5, 7) or row["reward"] in (0, 1))
     batch, tokens = load_file(unstopped / "last_batch.safetensors"), rows_of(unstopped)[-1]["response_length"]
     assert float(batch["mask"].sum(1).mean()) == tokens != rows_of(unstopped)[3]["response_length"], "the last"
-    with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), check_model=id, evaluate=None):
+    with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), summed=lambda x: 2 * x, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
     for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
                         ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
@@ -1449,12 +1424,9 @@ def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
     ("--mask-k 1.1", "mask_k must be from 0 to 1, not 1.1"), ("--gamma nan", "gamma must be from 0 to 1, not nan"),
     ("--group-size 1", "group_size must be from 2"), ("--group-size 2 --critics 3", "group_size 2 is too small"),
     ("--seed 10000000000000", "seed must be from 0 to"), ("--critic-layers 9", "it has only 2 layers, not 9"),
-    ("--model Qwen-nosuch", "--model Qwen/Qwen-nosuch: OSError"), ("--out /dev/null/run", "Not a directory"),
-    ("--critic-model ./no_such_directory", "--critic-model ./no_such_directory"),
-    (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"),
+    (f"--task {HERE}/toy_task.py --level 10", "there is no level '10'"), ("--out /dev/null/run", "Not a directory"),
     ("--task no_such_task.py", "--task no_such_task.py: FileNotFoundError"),
     *((f"--{flag}=", f"--{flag} is empty") for flag in ("resume", "critic-model", "out")),
-    ("--reward-min 1", "reward_min 1.0 must be below reward_max 1.0"),
     ("--resume no_such_run", "--resume no_such_run: its config.json does not hold a run's flags")])
 def test_bad_flags_are_one_line(fails, flags, said):
     fails(said, *flags.split())
@@ -1469,14 +1441,14 @@ def test_from_the_shell_without_a_hub_there_is_no_traceback(tmp_path):
     assert not (tmp_path / "\u043f/config.json").exists() and "u043f" in done.stdout, "the directory is free"
 
 
-def test_out_of_memory_and_divergence_say_what_to_change(fails, monkeypatch):
-    for error, said in ((torch.OutOfMemoryError("CUDA out of memory"), "Lower --sample-batch if it came while"),
-                        (RuntimeError("The total norm for gradients is non-finite"), "is non-finite; a run that has")):
-        monkeypatch.setattr(asyppo, "update_actor", mock.Mock(side_effect=error))
-        fails(said, "--critic-warmup", "0")
+def test_what_stops_a_run_is_one_line(fails, monkeypatch):
+    monkeypatch.setattr(asyppo, "update_actor", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    fails("with --resume and its directory): OutOfMemoryError: CUDA out of memory", "--critic-warmup", "0")
     monkeypatch.setenv("ASYPPO_TRACEBACK", "1")  # for whoever debugs
-    with pytest.raises(RuntimeError, match="The total norm"):
-        fails(said, "--critic-warmup", "0")
+    with pytest.raises(asyppo.UserError, match="out of memory"):
+        fails("", "--critic-warmup", "0")
+    with pytest.raises(asyppo.UserError, match="it returned inf"):
+        asyppo.checked(lambda *_: math.inf, -math.inf, math.inf)("", {})
 
 
 # ---------------------------------------------------------------------------------------------------- The toy task
@@ -1541,9 +1513,11 @@ def test_what_the_models_have_read():
     assert 40 < broken < 90 and 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
 
 
-def test_the_toy_starts_where_actor_has_room_and_critics_see():
+def test_the_toy_comes_with_its_models_and_starts_where_actor_has_room_and_critics_see():
+    for name in ("actor", "critic_1_of_2", "critic_2_of_2", "critic_1_of_1"):  # another machine makes other weights
+        assert (toy_task.CACHE / name / "model.safetensors").exists()
     learner = asyppo.make_learner(asyppo.RunConfig(), toy_task)
-    assert 0.08 < asyppo.evaluate(learner)[0] < 0.3
+    assert 0.08 < asyppo.evaluate(learner) < 0.3
     actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
     assert critic < 0.35 * actor
     batch, metrics = asyppo.timed_step(learner, 1, toy_task.look)
@@ -1579,12 +1553,6 @@ def test_another_pretraining_is_another_and_every_critic_reads_sheets_of_its_own
     with pytest.raises(ValueError, match="TOY_CRITIC=huge"):
         toy_task.models(2, {"TOY_CRITIC": "huge"})
     assert not list(tmp_path.glob("tmp*"))
-
-
-def test_the_repository_brings_the_models_of_the_default_run():
-    """Pretrained on another machine, the same recipe gives other weights, and runs that cannot be compared."""
-    for name in ("actor", "critic_1_of_2", "critic_2_of_2", "critic_1_of_1"):
-        assert (toy_task.CACHE / name / "model.safetensors").exists()
 
 
 # --------------------------------------------------------------------------------------------------- The experiment
