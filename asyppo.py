@@ -47,6 +47,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -809,6 +810,8 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     1); if `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
+    if (Path(name) / "adapter_config.json").exists():
+        raise ValueError("it holds an adapter (LoRA), which would be left out; merge it into the model first")
     config = AutoConfig.from_pretrained(name)
     sizes = config.get_text_config()  # of a vision-language model, that of its text part
     if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
@@ -824,6 +827,9 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
+    if left := [key for key in sorted(found["unexpected_keys"]) if "lm_head" not in key and not (
+            layers and any(part.isdigit() and int(part) >= layers for part in key.split(".")))]:
+        print(f"warning: {name} holds {', '.join(left[:3])}, which is not loaded")
     check_model(model)
     return model
 
@@ -929,9 +935,10 @@ def encode(tokenizer, prompt: str | list[dict]) -> list[int]:
     raise ValueError(f"the chat template leaves out a message: {tokenizer.apply_chat_template(chat, **how)!r}")
 
 
-def load_problems(learner: Learner, task, split: str, at_least: int, level: str) -> list[tuple[list[int], dict]]:
-    """A split of the task: of every row the prompt's token ids, checked before training, and the row itself. Where
-    chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
+def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
+                  at_most: int | None = None) -> list[tuple[list[int], dict]]:
+    """A split of the task: of every row (or the first ones) the prompt's token ids, checked before training, and the
+    row itself. Where chats are plain text, for want of a template, it adds the line breaks to learner.end_ids."""
     tokenizer, room, problems, checksum = learner.tokenizer, learner.config.max_new_tokens, [], 0
     entries = learner.actor.get_input_embeddings().num_embeddings  # of a critic, too (see make_learner)
     context = min(getattr(x.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -939,6 +946,7 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str)
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
     with saying(f"problems({split!r}) must return a datasets.Dataset with a column 'prompt'"):
         rows = task.problems(split, learner.config.seed, **({"level": level} if level else {}))
+        rows = rows.select(range(min(at_most or len(rows), len(rows))))
         rows = [row | {"prompt": row["prompt"]} for row in rows]  # each is read once: a transform may draw anew
         if len(rows) < at_least:
             raise ValueError(f"{len(rows)} rows, but {at_least} are needed")
@@ -971,6 +979,7 @@ def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
 
 
 def make_learner(given: RunConfig, task) -> Learner:
+    """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = replace(given, micro_batch_tokens=given.micro_batch_tokens or 2048, sample_batch=given.sample_batch or 256)
@@ -1022,7 +1031,7 @@ def make_learner(given: RunConfig, task) -> Learner:
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
-        problems = load_problems(learner, task, "train", 1, level)[:32]
+        problems = load_problems(learner, task, "train", 1, level, at_most=32)
         batch = sample_and_grade(learner, problems, range(len(problems)), 1, seeded(config.seed, "levels"))
         return float(batch.rewards.sum(1).mean()), float(batch.truncated.float().mean())
 
@@ -1038,8 +1047,10 @@ def make_learner(given: RunConfig, task) -> Learner:
         tokens, answers = fit_into_memory(learner, longest)
         config.micro_batch_tokens = given.micro_batch_tokens or tokens
         config.sample_batch = given.sample_batch or answers
-    print(f"{config.prompts_per_step * config.group_size} answers a step, of at most {config.max_new_tokens} tokens; "
-          f"at once --micro-batch-tokens {config.micro_batch_tokens}, --sample-batch {config.sample_batch}")
+    held_out = min(config.eval_problems, len(learner.test_problems))
+    print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
+          f"{config.max_new_tokens} tokens (--prompts-per-step, --group-size, --eval-problems, --max-new-tokens)\n"
+          f"at once: --micro-batch-tokens {config.micro_batch_tokens}, --sample-batch {config.sample_batch}")
     actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
     return learner
 
@@ -1047,13 +1058,15 @@ def make_learner(given: RunConfig, task) -> Learner:
 # =============================================================================================== 8 The run
 
 def evaluate(learner: Learner) -> float:
-    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Prints the first."""
+    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Prints the first one: the
+    end of the prompt, the answer and its reward, in a line."""
     numbers = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, numbers, 1, seeded(learner.config.seed, "evaluation"))
     rewards = batch.rewards.sum(1)
     prompt, whole = (" ".join(learner.tokenizer.decode(ids).split()) for ids in (
         learner.test_problems[0][0], batch.tokens[0][batch.attention[0].bool()]))
-    tqdm.write(f"  {prompt[-50:]} | {whole[len(prompt):][:50]} | reward {rewards[0]:.2g}")
+    half = shutil.get_terminal_size().columns // 2 - 9
+    tqdm.write(f"  {prompt[-half:]} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}")
     return float(rewards.mean())
 
 
@@ -1109,6 +1122,7 @@ def timed_step(learner: Learner, step: int, look: Callable | None = None) -> tup
 
 
 def train(config: RunConfig, task) -> None:
+    """A whole run: every iteration, all that is printed, all that is left in config.out."""
     out, first = Path(config.out).absolute(), rank_and_size()[0] == 0
     print(f"{config.algo}; leaves everything in {config.out}")
     out.mkdir(parents=True, exist_ok=True)
@@ -1144,7 +1158,9 @@ def train(config: RunConfig, task) -> None:
         if evaluating:
             row["eval_accuracy"] = evaluate(learner)
             shown = "step eval_accuracy reward explained_variance sigma_mean entropy kl response_length".split()
-            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None))
+            seconds = sum(x for key, x in row.items() if key.startswith("seconds_"))
+            tqdm.write("  ".join(f"{key} {row[key]:.3g}" for key in shown if row.get(key) is not None)
+                       + f"  seconds {seconds:.2g}" * (step > 0))
         history.append({key: x if x is None or math.isfinite(x) else None for key, x in row.items()})  # JSON has no NaN
         if first:  # as a whole: steps after the checkpoint are repeated
             write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))

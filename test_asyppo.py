@@ -1063,8 +1063,9 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     flags += " --max-new-tokens 8 --utd 2 --prompts-per-step 2 --group-size 2 --lr 1e-3 --micro-batch-tokens 900"
     assert asyppo.main(flags.split()) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "4 answers a step, of at most 8 tokens; at once --micro-batch-tokens 900, --sample-batch 256" in told
-    assert re.search(r" \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*\n", told), told
+    assert "4 answers a step and 4 an evaluation, of at most 8 tokens (--prompts" in told
+    assert "at once: --micro-batch-tokens 900, --sample-batch 256" in told
+    assert re.search(r" \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*  seconds ", told), told
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
     count = sum(p.numel() for p in model.parameters())
     assert re.search(rf"actor +{count:,} parameters\ncritic 1 .*\ncritic 2 ", told)
@@ -1121,6 +1122,7 @@ def edit(name, **changes):
 @pytest.mark.parametrize("flag, change, said", [
     ("--model", lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
     ("--model", edit("config.json", tie_word_embeddings=False), "no weights for lm_head.weight: is it a language mod"),
+    ("--model", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter (LoRA)"),
     ("--model", edit("config.json", quantization_config={"quant_method": "awq"}), "quantised"),
     ("--model", lambda f: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**LLAMA | dict(
         vocab_size=20, head_dim=8, num_key_value_heads=1))).save_pretrained(f), "cap their logits"),
@@ -1136,7 +1138,7 @@ def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
     fails(f"{flag} {tmp_path}/model ... {said}", flag, str(tmp_path / "model"))
 
 
-def test_critics_that_know_fewer_tokens(tiny, tmp_path):
+def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny / "actor")
     model.resize_token_embeddings(400, mean_resizing=False)  # one family may pad its vocabularies differently
     model.get_input_embeddings().weight.data[-80:] = 3.0
@@ -1154,6 +1156,12 @@ def test_critics_that_know_fewer_tokens(tiny, tmp_path):
     edit("config.json", max_position_embeddings=20)(tmp_path / "critic")
     with pytest.raises(asyppo.UserError, match="exceed the models' context, 20"):
         learner_of(tiny, critic_model=str(tmp_path / "critic"))
+    save_file(load_file(tmp_path / "critic/model.safetensors") | {"v_head.summary.weight": torch.ones(1, 16)},
+              tmp_path / "critic/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    for path, layers, told in ((tmp_path, 0, 1), (tmp_path, 1, 1), (tiny, 1, 0)):
+        asyppo.load_critic(str(path / "critic"), layers)
+        assert capsys.readouterr().out.count("v_head.summary.weight") == told
 
 
 def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
