@@ -75,8 +75,8 @@ from transformers.utils import cached_file
 def assign_shards(num_prompts, group_size, num_critics, generator=None):
     """Group-level disjoint shards: which critic is trained on which answer.
 
-    Every critic gets answers to *every* prompt (a split by prompt would leave each blind to half of the prompts), but
-    no two critics get the same answer. Who gets which is random; the critics' counts differ by at most one:
+    No two critics get the same answer: from the same ones they would learn the same. But each gets answers to *every*
+    prompt. Who gets which is random; the critics' counts differ by at most one:
 
     >>> assign_shards(2, 3, 2, torch.Generator().manual_seed(0)).view(2, 3)
     tensor([[0, 0, 1],
@@ -150,8 +150,8 @@ def group_advantages(rewards, group_size):
 def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
-    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the distance between them.
-    Some of sigma is not uncertainty: of each answer, one critic has just learned the outcome, the others have not."""
+    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them. Part of
+    sigma only says that one critic has just been trained on this answer."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -556,7 +556,7 @@ def entropy_of(logp: torch.Tensor) -> torch.Tensor:
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
     """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0. Models with learned
-    positions would else predict something different."""
+    positions would otherwise predict something different."""
     return (attention.cumsum(1) - 1).clamp(min=0)
 
 
@@ -624,8 +624,8 @@ class Config:
     whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
     # Critics. The paper is silent on their training. Their target is the actual return (critic_lam 1), which no error
     # of theirs can bias. The toy's critics have read graded answers: a small rate of the backbone keeps what they know,
-    # a larger one lets the head follow the policy. With --model the heads are new, so at first only the critics learn:
-    # the actor would follow noise. A quarter of the actor's layers keeps them cheap, as the paper's 0.6B are beside 8B.
+    # a larger one lets the head follow the policy. With --model the heads are new: at first only critics learn, as the
+    # actor would follow noise.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
@@ -649,7 +649,7 @@ class Config:
 
 
 # ######################################################################################################################
-# The algorithm ends here. Below is plumbing: processes, loading, the run, checkpoints, the command line.
+# The algorithm ends here. Below is plumbing: helpers, processes, loading, the run, checkpoints, the command line.
 # ######################################################################################################################
 
 # =============================================================================================== 6 Helpers
@@ -1066,7 +1066,8 @@ def evaluate(learner: Learner) -> float:
     prompt, whole = (" ".join(learner.tokenizer.decode(ids).split()) for ids in (
         learner.test_problems[0][0], batch.tokens[0][batch.attention[0].bool()]))
     half = shutil.get_terminal_size().columns // 2 - 9
-    tqdm.write(f"  {prompt[-half:]} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}")
+    shown = prompt if len(prompt) <= half else "..." + prompt[3 - half:]
+    tqdm.write(f"  {shown} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}")
     return float(rewards.mean())
 
 
