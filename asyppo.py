@@ -493,7 +493,6 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
         for first in range(0, len(mine), at_once):
             alive = mine[first:first + at_once]  # [A]: the rows that are still being written
             # The first pass reads every prompt once; its states and cache are then repeated for the prompt's answers.
-            # Every later pass reads one new token per row, and the cache.
             asked, which = torch.unique_consecutive(alive // G, return_inverse=True)  # prompts; the prompt of each row
             inputs = tokens[asked * G, :P]
             seen = attention[asked * G, :P]
@@ -600,8 +599,7 @@ Rate = Annotated[float, 1e-12, 1]
 
 @dataclass
 class Config:
-    """Every choice of the algorithm. The command line is made from these lines: mask_k is --mask-k, and its comment is
-    what --help says. RunConfig adds what belongs to a run: paths, evaluation, memory."""
+    """Every choice of the algorithm; RunConfig adds those of a run. mask_k is --mask-k, its comment what --help says."""
 
     # The four algorithms are one loop with other flags: PRESETS, below.
     algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset; any other flag wins over it
