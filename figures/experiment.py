@@ -288,16 +288,16 @@ def plot(results: dict, out: Path) -> None:
     for axis, (title, names) in zip((left, middle), CURVES.items()):
         plot_curves(axis, results, names)
         axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1.02), title=title)
+    grpo = numbers(results, "grpo:area", SEEDS)
     for name in ("asyppo", "naive", "language", "scratch"):
         area, sight = (numbers(results, f"{name}:{key}", SEEDS) for key in ("area", "sight"))
-        points = [(sight[seed][0], area[seed]) for seed in area if seed in sight]
+        points = [(sight[seed][0], area[seed] - grpo[seed]) for seed in area if seed in sight and seed in grpo]
         if points:
             right.plot(*zip(*points), "o", color=LINES[name][1], label=LINES[name][0])
-    if grpo := numbers(results, "grpo:area", SEEDS):
-        right.axhline(mean(grpo.values()), color=LINES["grpo"][1], label=LINES["grpo"][0])
-    right.set(xlabel="sight at the first evaluation (see toy_task.look)", ylabel="mean accuracy over the run",
+    right.axhline(0, color=LINES["grpo"][1], label=LINES["grpo"][0])
+    right.set(xlabel="sight at the first evaluation (see toy_task.look)", ylabel="mean accuracy minus GRPO's",
               title="A critic is worth what it sees (a dot for each run)")
-    right.legend()
+    right.legend(loc="lower right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
     figure.suptitle("A sheet of 12 problems, pass or fail (mean of the seeds; of AsyPPO and GRPO also the range)")
