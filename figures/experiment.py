@@ -52,7 +52,6 @@ RUNS = {
     "naive": NAIVE,
     "mask-random": "--mask-by random",
     "mask-entropy": "--mask-by entropy",
-    "mask-true": "--with-true-mask --mask-by random",  # the tokens at which the true value is nearest to 0 or 1
     "same": "TOY_CRITIC=same",  # both critics start from one checkpoint, the first of the two
     "same-no-mask": "TOY_CRITIC=same --mask-k 0",
     "half": "TOY_CRITIC=same --algo naive",  # one critic that has read half of the graded sheets
@@ -60,9 +59,12 @@ RUNS = {
     "early": "--steps 8",  # for C8 and figures/tokens.png: answers while there are mistakes to see
 }
 RUNS |= {f"{name}-utd8": f"{RUNS[name]} --utd 8 --lr 1.5e-4".strip()
-         for name in ("asyppo", "no-mask", "mask-random", "mask-entropy", "mask-true")}
+         for name in ("asyppo", "no-mask", "mask-random", "mask-entropy")}
 RUNS["grpo-utd8"] = f"--algo grpo {GROUPS[4]} --utd 8 --lr 1.5e-4"
+TRUE_MASK = "--with-true-mask --mask-by random"  # masked are the tokens at which the true value is nearest to 0 or 1
 EXTRA = {
+    "mask-true": TRUE_MASK,
+    "mask-true-utd8": f"{TRUE_MASK} --utd 8 --lr 1.5e-4",
     "asyppo-G8": GROUPS[8],
     "asyppo-G4": GROUPS[4],
     "four": f"{GROUPS[4]} --critics 4 --critic-batch 16",  # a quarter of the answers for each, in as many steps
