@@ -13,7 +13,6 @@ without a mistake. Then each reads sheets of all kinds of solvers that the other
 running count of the right digits, then with nothing but their grade, which it learns to predict at every token. So it
 sees a wrong digit before it has seen any answer of the actor, as the critics of PPO usually start from a reward model:
 the toy shows what critics that know are worth, not how they come to know.
-
 To asyppo.py this is a *task file*, of which it needs only `problems` and `reward`.
 
     python toy_task.py --samples     shows problems and answers
@@ -227,8 +226,7 @@ def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr
 
     def loss(step):
         sheets = [rng.choices(FACTS, k=SUMS) for _ in range(64)]
-        marked = [graded(sheet, rng) for sheet in sheets][part - 1::parts]
-        answers, right, grades = zip(*marked)
+        answers, right, grades = zip(*[graded(sheet, rng) for sheet in sheets][part - 1::parts])
         tokens = tokens_of(tokenizer, sheets[part - 1::parts], answers)
         states = critic.model(input_ids=tokens, output_hidden_states=True)
         score = critic.score(states.last_hidden_state)[..., 0]  # [sheets, SUMS + 1 + SUMS + 1]
@@ -334,9 +332,9 @@ def oracle_values(learner, batch) -> torch.Tensor:
 
 
 def look(learner, batch) -> dict:
-    """Called by a run with every evaluation. How well do the critics see, before they learn from this batch?
-    sight: how much further V steps up at right digits than at wrong ones, in standard deviations of its step at right
-    ones; oracle_sight: that of the true values; oracle_explained: the share of the return's variance they explain."""
+    """Called where a run evaluates: how well do the critics see, before they learn from this batch? sight: how much
+    further V steps up at right digits than at wrong ones, in standard deviations of its step at right ones;
+    oracle_sight: that of the true values; oracle_explained: the share of the return's variance that they explain."""
     full = (batch.sizes[:, 1] == SUMS + 1).to(batch.mask.device)
     if learner.train_problems[0][1].get("level") != "symbols" or full.sum() < 2:
         return {}
