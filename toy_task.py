@@ -222,7 +222,7 @@ def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr
     "counting": how many digits are right so far, and, read off the first layer, whether this one is. Without that some
     never learned to count: a language model may look up its sums in the second of its two layers, too late to count.
     "grades": the chance to pass, as the sigmoid of the score, from before the first digit to after the end."""
-    mark = critic.mark = torch.nn.Linear(critic.config.hidden_size, 1)
+    mark = torch.nn.Linear(critic.config.hidden_size, 1)
 
     def loss(step):
         sheets = [rng.choices(FACTS, k=SUMS) for _ in range(64)]
@@ -239,9 +239,7 @@ def read_grades(critic, tokenizer, rng: random.Random, part: int, parts: int, lr
         return (score[:, SUMS + 1:-1] - count).square().mean() + binary_cross_entropy_with_logits(seen, right)
 
     torch.nn.init.zeros_(critic.score.weight)
-    found = fit(critic, STEPS[stage], lr, f"critic {part} of {parts}, {stage}", loss)
-    del critic.mark
-    return found
+    return fit(torch.nn.ModuleList([critic, mark]), STEPS[stage], lr, f"critic {part} of {parts}, {stage}", loss)
 
 
 def until_learned(read, enough: float) -> None:
