@@ -286,7 +286,7 @@ CURVES = {"Five algorithms": ["asyppo", "oracle", "naive", "full", "grpo"],
 def plot(results: dict, out: Path) -> None:
     """curves.png: held-out accuracy by answers generated; and what a critic is worth that sees so much."""
     figure = Figure(figsize=(20, 5.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
     for axis, (title, names) in zip((left, middle), CURVES.items()):
         plot_curves(axis, results, names)
         axis.set(xlabel="answers generated", ylabel="held-out accuracy", ylim=(0, 1.02), title=title)
@@ -298,7 +298,7 @@ def plot(results: dict, out: Path) -> None:
             right.plot(*zip(*points), "o", color=LINES[name][1], label=LINES[name][0])
     right.axhline(0, color=LINES["grpo"][1], label=LINES["grpo"][0])
     right.set(xlabel="sight at the first evaluation (see toy_task.look)", ylabel="mean accuracy minus GRPO's",
-              title="A critic is worth what it sees (a dot for each run)")
+              title="A critic is worth what it sees (a dot a run)")
     right.legend(loc="lower right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
