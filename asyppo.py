@@ -599,7 +599,7 @@ Rate = Annotated[float, 1e-12, 1]
 
 @dataclass
 class Config:
-    """Every choice of the algorithm; RunConfig adds those of a run. mask_k is --mask-k, its comment what --help says."""
+    """Every choice of the algorithm; RunConfig adds a run's. mask_k is --mask-k, and its comment what --help says."""
 
     # The four algorithms are one loop with other flags: PRESETS, below.
     algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset; any other flag wins over it
@@ -613,7 +613,7 @@ class Config:
     # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper is silent on clip: 0.2 is
     # PPO's usual. Adam's betas are 0.9 and 0.95, as usual for language models.
     utd: Count = 4  # update-to-data ratio: optimizer steps on each batch, every one over the whole batch
-    lr: Rate = 3e-4  # actor's learning rate (Adam); 5e-6 with --model; the paper's is 1e-6, at 14B
+    lr: Rate = 3e-4  # actor's learning rate (Adam), tuned on the toy; 5e-6 with --model; the paper's is 1e-6, at 14B
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
     # Advantages. The paper is silent on gamma and lambda. With lambda 0.9, an advantage looks about 1 / (1 - 0.9) = 10
     # tokens ahead and for the rest trusts the critics: with --model, whose critics have new heads, 0.99.
@@ -634,7 +634,7 @@ class Config:
     critic_lr: Share = 1e-4  # learning rate of the critics' backbones; 2e-4 with --model
     critic_head_lr: Share = 1e-3  # learning rate of the critics' heads; 2e-4 with --model
     critic_epochs: Count = 1  # passes of each critic over its shard of a batch (2 with --model)
-    critic_batch: Count = 32  # answers per optimizer step of a critic (64 in ppo and naive)
+    critic_batch: Count = 32  # answers per optimizer step of a critic, tuned on the toy (64 in ppo and naive)
     critic_lam: Share = 1.0  # lambda of the critics' target R_t; 1 is the Monte-Carlo return
     critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations, of critics only (4 with --model; at most half)
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
@@ -677,13 +677,16 @@ PRESETS = {"asyppo": {}, "ppo": NAIVE | dict(critic_model="actor", shared_embedd
            "grpo": PLAIN | dict(critics=0)}
 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
-# lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor.
+# lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor, bounded ones
+# most (figures/RESULTS.md). Critics are a quarter of the actor's layers, so that two are cheap beside it.
 MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=2e-4,
                       critic_head_lr=2e-4, critic_epochs=2, critic_warmup=4, shared_embeddings=True)
 
 
 @dataclass
 class Learner:
+    """The state of training, with the task's problems and reward."""
+
     config: RunConfig
     actor: nn.Module
     critics: list[MiniCritic]
@@ -701,7 +704,7 @@ def seeded(seed: int, what) -> torch.Generator:
 
 
 def signal_of(batch: Batch, name: str, generator) -> torch.Tensor:
-    """What a mask ranks, [B, T]: sigma, or a control."""
+    """What a mask ranks, [B, T]: sigma, or a control (the entropy of the policy that sampled, random numbers)."""
     noise = torch.rand(batch.mask.shape, generator=generator).to(batch.mask.device)
     return {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}[name]
 

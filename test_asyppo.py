@@ -1065,7 +1065,7 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     told = capsys.readouterr().out
     assert "4 answers a step and 4 an evaluation, of at most 8 tokens (--prompts" in told
     assert "at once: --micro-batch-tokens 900, --sample-batch 256" in told
-    assert re.search(r" \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*  seconds ", told), told
+    assert re.search(r"  \.\.\..+ = \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*  seconds ", told), told
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
     count = sum(p.numel() for p in model.parameters())
     assert re.search(rf"actor +{count:,} parameters\ncritic 1 .*\ncritic 2 ", told)
@@ -1539,8 +1539,14 @@ def test_another_pretraining_is_another_and_every_critic_reads_sheets_of_its_own
     monkeypatch.setattr(toy_task, "until_learned", lambda read, enough: read())
     before, read, real = torch.random.get_rng_state(), {}, toy_task.tokens_of
     monkeypatch.setattr(toy_task, "fit", lambda model, steps, lr, what, loss: loss(0).item() + loss(1).item())
-    monkeypatch.setattr(toy_task, "tokens_of", lambda tokenizer, sheets, answers: (
-        read.setdefault(now[0], []).extend(map(tuple, sheets)), real(tokenizer, sheets, answers))[1])
+    marked, graded = {}, toy_task.graded
+    monkeypatch.setattr(toy_task, "graded", lambda sheet, rng: marked.setdefault(tuple(sheet), graded(sheet, rng)))
+
+    def tokens_of(tokenizer, sheets, answers):
+        read.setdefault(now[0], []).extend(map(tuple, sheets))
+        assert "_of_" not in now[0] or list(answers) == [marked[tuple(sheet)][0] for sheet in sheets], "others'"
+        return real(tokenizer, sheets, answers)
+    monkeypatch.setattr(toy_task, "tokens_of", tokens_of)
     now, pretrain = [], toy_task.pretrain
     monkeypatch.setattr(toy_task, "pretrain", lambda tokenizer, name, seed: (now.insert(0, name), pretrain(
         tokenizer, name, seed), now.pop(0))[1])

@@ -1,4 +1,4 @@
-"""The experiment: some 70 runs of the toy answer the paper's claims, one by one.
+"""The experiment: some 130 runs of the toy answer the paper's claims, one by one.
 
 What is run, what is compared and what counts is data, fixed before the first of the reported runs. asyppo.py and
 toy_task.py need none of it.
