@@ -19,30 +19,25 @@ with M critics, G answers per prompt, and pi_old for the actor as it was when it
         averaged over the tokens of each answer, then over the answers
 
     python asyppo.py                         the toy on a laptop, in a minute: sheets of small sums, passed or failed
-    python asyppo.py --algo grpo             the same loop as GRPO (ppo: one full-size critic; naive: one mini-critic)
+    python asyppo.py --algo grpo             the same loop without critics (or ppo, or naive: with one)
     python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same task in words (or --help)
 
-This file, in reading order                                 The paper's symbols, and ours
-  1 Equations      plain functions of tensors: copy them      q, o, o_t    prompt, answer, its tokens: one action each
-  2 One iteration  train_step, then what it calls             s_t=(q,o_<t) what is written *before* token t
-  3 Mini-critics   a backbone and a scalar head               V_m(s_t)     values [M, B, T]
-  4 Rollouts       sampling, log-probabilities, entropy       V_bar, sigma v_bar, sigma [B, T]: mean, std over m
-  5 Config         every choice and its reason                r_t, R_t     rewards, returns [B, T]
-  - - - - - - - -  a first reader may stop here               A_bar_t      advantages [B, T]
-  6 Helpers of the iteration, 7 Loading of models and         I_A, I_H     adv_keep, ent_keep [B, T], 0 or 1
-  tasks, 8 The run, 9 Command line                            rho, k, h    ratio, mask_k, filter_h
+    the paper         this file
+    q, o, o_t         prompt, answer, its tokens: one action each
+    s_t = (q, o_<t)   the state: what is written *before* token t
+    V_m(s_t)          values [M, B, T]
+    V_bar, sigma      v_bar, sigma [B, T]: mean and standard deviation over m
+    r_t, R_t, A_t     rewards, returns, advantages [B, T]
+    I_A, I_H          adv_keep, ent_keep [B, T], 0 or 1
 
-Shapes: B answers (the G answers to one prompt side by side), P prompt positions (left-padded), T answer positions
-(right-padded), M critics, D hidden width. `Batch` draws how prompt, answer and `mask` lie.
-
-The authors published no code. What the paper leaves open is marked "The paper is silent" where it is decided. Left out
-on purpose: a KL penalty to a reference model, value clipping, asynchronous sampling.
+Shapes: M critics, B answers (the G answers to one prompt side by side), T answer positions (right-padded), P prompt
+positions (left-padded), D hidden width. What the paper leaves open is marked "The paper is silent" where it is decided.
+Left out on purpose: a KL penalty to a reference model, value clipping, asynchronous sampling.
 """
 import argparse
 import contextlib
 import copy
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -64,9 +59,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, DynamicCache, GenerationConfig)
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 
 # =============================================================================================== 1 Equations
 # Each of these functions needs nothing but torch. Where one takes a mask, padding (mask 0) may hold anything, even NaN.
@@ -75,20 +68,20 @@ from transformers.utils import cached_file
 def assign_shards(num_prompts, group_size, num_critics, generator=None):
     """Group-level disjoint shards: which critic is trained on which answer.
 
-    No two critics get the same answer: from the same ones they would learn the same. But each gets answers to *every*
-    prompt. Who gets which is random; the critics' counts differ by at most one:
+    Every critic gets answers to *every* prompt, but no answer goes to two critics: from the same ones they would learn
+    the same. Who gets which is random; the critics' counts differ by at most one:
 
     >>> assign_shards(2, 3, 2, torch.Generator().manual_seed(0)).view(2, 3)
     tensor([[0, 0, 1],
             [1, 0, 1]])
 
     Returns owner [num_prompts * group_size], long, on the CPU: answer g of prompt p belongs to critic
-    owner[p * group_size + g]. Raises ValueError when there are fewer answers per prompt than critics."""
+    owner[p * group_size + g]. Raises ValueError if there are fewer answers per prompt than critics."""
     if not 1 <= num_critics <= group_size:
         raise ValueError(f"{group_size} answers per prompt cannot be divided among {num_critics} critics")
-    dealt = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics  # in turn, like cards
-    order = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)
-    return dealt.gather(1, order).flatten()
+    in_turn = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics
+    shuffled = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)
+    return in_turn.gather(1, shuffled).flatten()
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -98,15 +91,17 @@ def gae(rewards, values, mask, gamma, lam):
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
     rewards, values, mask: [B, T]; values[:, t] is V(s_t), the value before token t. V after the last token is 0, also
-    where the length limit cut an answer off: it is graded as it stands, and no more reward can come. A right answer of
-    three tokens and one of padding; lam 0 gives one-step TD errors, lam 1 the reward minus V(s_t):
+    where the length limit cut an answer off: it is graded as it stands, and no more reward can come. Here an answer has
+    three tokens and one of padding. With lam 0 an advantage looks one step ahead, with lam 1 as far as the reward:
 
     >>> rewards, values, mask = torch.tensor([[[0, 0, 1, 0]], [[0.5, 0.25, 0.75, 9]], [[1, 1, 1, 0]]])
-    >>> [gae(rewards, values, mask, gamma=1, lam=lam)[0].tolist() for lam in (0, 1)]
-    [[[-0.25, 0.5, 0.25, 0.0]], [[0.5, 0.75, 0.25, 0.0]]]
+    >>> gae(rewards, values, mask, gamma=1, lam=0)[0]
+    tensor([[-0.2500,  0.5000,  0.2500,  0.0000]])
+    >>> gae(rewards, values, mask, gamma=1, lam=1)[0]
+    tensor([[0.5000, 0.7500, 0.2500, 0.0000]])
 
     Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
-    both [B, T], at least float32, and 0 where mask is 0. Such positions are skipped, wherever they are."""
+    both [B, T], at least float32, and 0 where mask is 0."""
     valid = mask.bool()
     dtype = torch.promote_types(values.dtype, torch.float32)  # long sums go wrong in bf16
     rewards = rewards.to(dtype).masked_fill(~valid, 0)
@@ -114,7 +109,7 @@ def gae(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(len(values))
     advantage = values.new_zeros(len(values))
-    for t in reversed(range(values.shape[1])):
+    for t in reversed(range(values.shape[1])):  # skips what is masked, also in the middle: a tool's output, say
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(valid[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(valid[:, t], values[:, t], next_value)
@@ -127,12 +122,11 @@ def whiten(x, mask):
     """Normalise x [B, T] to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere, and everywhere
     if the valid tokens do not differ.
 
-    One learning rate then fits easy and hard batches. But if all answers get the same reward, the advantages are only
-    the critics' error, which whitening inflates to full size. The paper is silent on whitening; it is usual for PPO.
-    It comes before the advantage mask, so that masking tokens does not rescale the others."""
+    One learning rate then fits easy and hard batches. The paper is silent on whitening; it is usual for PPO. It comes
+    before the advantage mask, so that masking tokens does not rescale the others."""
     valid = mask.bool()
     kept = x[valid]
-    if len(kept) == 0 or kept.min() == kept.max():  # rounding would be blown up to a deviation of 1
+    if len(kept) == 0 or kept.min() == kept.max():  # the division would blow up rounding errors
         return torch.zeros_like(x)
     return ((x - kept.mean()) / (kept.std(unbiased=False) + 1e-8)).masked_fill(~valid, 0)
 
@@ -150,8 +144,8 @@ def group_advantages(rewards, group_size):
 def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
-    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them. Part of
-    sigma only says that one critic has just been trained on this answer."""
+    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them. Note
+    that of every answer one critic has just seen the reward, and the others have not: part of sigma is only that."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -160,23 +154,24 @@ def advantage_mask(sigma, mask, k):
     the result are [B, T].
 
     The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    if a batch is reused. (What the toy finds: figures/RESULTS.md.) Where they differ most, tokens still learn from the
-    reward. The paper is silent on what is ranked: we rank all answer tokens of the batch together. Here two of five are
-    masked; the last one is padding:
+    if a batch is reused. Where they differ, the outcome is still open, and an update teaches something. (The toy finds
+    no gain: figures/RESULTS.md.) The paper is silent on what is ranked: we rank all answer tokens of the batch
+    together. Here two of five are masked; the last one is padding:
 
     >>> sigma = torch.tensor([[0.3, 0.1, 0.2], [0.4, 0.5, 0.0]])
     >>> advantage_mask(sigma, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), k=0.4).tolist()
     [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 
-    Of N valid tokens floor(k * N) are masked (k = 0: none). Among equals, the first in the batch are. If sigma is the
-    same everywhere (one critic, or identical ones), nothing is. Raises ValueError for a k outside [0, 1]."""
+    Of N valid tokens floor(k * N) are masked (k = 0: none). Of equal ones, the first in the batch are. If sigma is
+    the same everywhere (one critic, or identical ones), none is. Raises ValueError for a k outside [0, 1]."""
     if not 0 <= k <= 1:
         raise ValueError(f"k must be a share between 0 and 1, not {k}")
     valid = mask.bool()
     ranked = sigma[valid]
     keep = torch.ones_like(ranked)
     if len(ranked) and ranked.min() != ranked.max():
-        keep[ranked.argsort(stable=True)[:int(k * len(ranked) + 1e-9)]] = 0  # else int(0.29 * 100) is 28
+        count = int(k * len(ranked) + 1e-9)  # 1e-9, because 0.29 * 100 is 28.999999999999996
+        keep[ranked.argsort(stable=True)[:count]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -193,7 +188,8 @@ def entropy_filter(sigma, mask, h):
     ranked = sigma[valid]
     keep = torch.ones_like(ranked)
     if len(ranked) and ranked.min() != ranked.max():
-        keep[ranked.argsort(stable=True, descending=True)[:int(h * len(ranked) + 1e-9)]] = 0
+        count = int(h * len(ranked) + 1e-9)
+        keep[ranked.argsort(stable=True, descending=True)[:count]] = 0
     return torch.zeros_like(sigma).masked_scatter(valid, keep)
 
 
@@ -205,20 +201,21 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     All tensors [B, T]: logprobs and entropy of pi_theta carry gradients; old_logprobs, advantages, adv_keep (I_A) and
     ent_keep (I_H) are constants. Every answer has the same weight: its sum is divided by its full length |o|, tokens
     masked by I_A included. An empty answer counts as 0. With adv_keep 1 and beta 0 this is PPO; with a group's
-    advantage on every token, GRPO without its KL penalty. Returns loss (a scalar) and stats (a dict of scalars over the
-    valid tokens), which say how far the policy has moved:
+    advantage on every token, GRPO without its KL penalty.
+
+    Returns loss (a scalar) and stats (a dict of scalars over the valid tokens), which say how far the policy has moved:
       ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding
       clip_fraction  the share of tokens with rho outside 1 +- clip
       kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)"""
     valid = mask.bool()
-    # Padding is zeroed before exp, as exp of an inf would send NaN (0 * inf) back through the gradient. So would a
-    # ratio that overflows; the clamp differs from PPO only where rho > e^20 and A < 0: there it stops the gradient.
+    # An infinite ratio would make the gradient NaN. So padding is zeroed and log rho is clamped before exp. (The clamp
+    # differs from PPO only where rho > e^20 and A < 0: it stops the gradient there.)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # in float16, e^12 overflows
     log_ratio = (logprobs.to(dtype) - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~valid, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    bonus = beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)  # what is filtered may be infinite
+    bonus = beta * ent_keep * entropy.masked_fill(~valid, 0)
     per_token = (adv_keep * surrogate + bonus).masked_fill(~valid, 0)
     per_answer = per_token.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
     loss = -per_answer.sum() / max(1, len(mask))
@@ -233,15 +230,31 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
 def critic_loss(values, returns, mask):
     """E[(V(s_t) - R_t)^2] over the valid tokens: one critic's part of the ensemble's loss. All [B, T] -> a scalar.
 
-    The paper is silent on whether tokens or answers are averaged; "over (s_t, R_t)" reads as over states, so tokens."""
+    The paper is silent on whether tokens or answers are averaged. It writes "over (s_t, R_t)", so we average tokens."""
     valid = mask.bool()
     dtype = torch.promote_types(values.dtype, torch.float32)  # in float16, squares overflow
     error = (values.to(dtype) - returns.detach()).masked_fill(~valid, 0)
     return error.square().sum() / valid.sum().clamp(min=1)
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: how much a critic knows. All [B, T].
+
+    0 is no better than a constant, below 0 worse, 1 perfect (true values explain less, as sampling is random). NaN
+    where the returns do not vary."""
+    valid = mask.bool()
+    if not valid.any() or returns[valid].min() == returns[valid].max():
+        return float("nan")
+    return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
+
+
+def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
+    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation."""
+    return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
+
+
 # =============================================================================================== 2 One iteration
-# my_share(x) and summed(x) are x itself, unless several GPUs divide the work among them (section 6): read past them.
+# Ignore my_share and summed while reading: unless there are several GPUs (section 6), they return what they are given.
 
 @dataclass
 class Batch:
@@ -251,7 +264,7 @@ class Batch:
         tokens     [pad   q    q    q  | o_0  o_1  END  pad]     END is o_2: stopping is an action, too
         attention  [ 0    1    1    1  |  1    1    1    0 ]
         t                                 0    1    2    3
-        mask                           [  1    1    1    0 ]     made while sampling, not from the ids of pad tokens
+        mask                           [  1    1    1    0 ]
 
         s_t is read at column             3    4    5            P - 1 + t: one column *before* its token
         and predicts                     o_0  o_1  o_2           logprobs[:, t]
@@ -260,18 +273,18 @@ class Batch:
 
     tokens: torch.Tensor     # [B, P+T] long
     attention: torch.Tensor  # [B, P+T] 1 on prompt and answer tokens, 0 on either padding
-    mask: torch.Tensor       # [B, T] float, 1 on answer tokens, end token included
+    mask: torch.Tensor       # [B, T] float, 1 on answer tokens, end token included (made from lengths, not token ids)
     logprobs: torch.Tensor   # [B, T] log pi_old(o_t | s_t), recorded while sampling
     entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
     truncated: torch.Tensor  # [B] bool: the length limit came before an end token
-    sizes: torch.Tensor      # [B, 2] long: tokens of prompt and answer; this and `problem` are on the CPU
-    # sample_and_grade adds the next two; train_step adds the others, timed_step (section 8) `predicted`.
-    problem: torch.Tensor = None     # [B] long: the number of the problem that was answered
+    sizes: torch.Tensor      # [B, 2] long, on the CPU: how many tokens prompt and answer have
+    # Added later:
+    problem: torch.Tensor = None     # [B] long, on the CPU: the number of the problem that was answered
     rewards: torch.Tensor = None     # [B, T] r_t: the verifier's grade on the last token, 0 before
-    predicted: torch.Tensor = None   # [B, T] V_bar before the critics have seen this batch (where a run evaluates)
     returns: torch.Tensor = None     # [B, T] R_t, the critics' target
     values: torch.Tensor = None      # [M, B, T] V_m(s_t), after the critics' update
     v_bar: torch.Tensor = None       # [B, T]
+    predicted: torch.Tensor = None   # [B, T] v_bar before that update, where a run evaluates
     sigma: torch.Tensor = None       # [B, T]
     advantages: torch.Tensor = None  # [B, T]
     adv_keep: torch.Tensor = None    # [B, T] I_A
@@ -280,21 +293,6 @@ class Batch:
     @property
     def prompt_width(self) -> int:
         return self.tokens.shape[1] - self.mask.shape[1]
-
-    def select(self, index: torch.Tensor) -> "Batch":
-        """The answers numbered by `index`, cut to the longest prompt (p) and the longest answer (t) among them."""
-        p, t = self.sizes[index].amax(0).tolist()
-        P = self.prompt_width
-        known = {name: x for name, x in vars(self).items() if x is not None}
-        for name, x in known.items():
-            b = index.to(x.device)
-            if name in ("tokens", "attention"):
-                known[name] = x[b, P - p:P + t]
-            elif name in ("truncated", "sizes", "problem"):
-                known[name] = x[b]
-            else:  # [B, T] or [M, B, T]
-                known[name] = x[..., b, :t]
-        return Batch(**known)
 
 
 def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -> tuple[Batch, list[dict]]:
@@ -311,13 +309,9 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     watch("rollout", batch)
 
     if critics:
-        # Each critic learns from its own shard, *before* the batch is valued. The order is the paper's; it lets the
-        # critics follow the policy, which has changed since they last learned. The paper is silent on their target:
-        # ours is the actual return (critic_lam 1: values cancel out), or mixed with what they predict now (below 1).
-        before = torch.zeros_like(batch.mask)
-        if config.critic_lam < 1:
-            before = aggregate(critic_values(learner, batch), config.aggregate)
-        _, batch.returns = gae(batch.rewards, before, batch.mask, config.gamma, config.critic_lam)
+        # Each critic learns from its own shard, *before* the batch is valued: the paper's order, which lets the critics
+        # follow the policy.
+        batch.returns = critic_targets(learner, batch)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
         for m in range(len(critics)):
             shard = (owner == m) | config.shared_data  # shared_data is a control: all answers for all critics
@@ -347,11 +341,23 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     return batch, passes
 
 
+def critic_targets(learner: "Learner", batch: Batch) -> torch.Tensor:
+    """R_t [B, T]. The paper is silent on it. Ours is the actual return (critic_lam 1). With a critic_lam below 1 it is
+    the lambda-return, a mix of that and what the critics predict now."""
+    config = learner.config
+    values = torch.zeros_like(batch.mask)  # with critic_lam 1, they cancel out
+    if config.critic_lam < 1:
+        values = aggregate(critic_values(learner, batch), config.aggregate)
+    _, returns = gae(batch.rewards, values, batch.mask, config.gamma, config.critic_lam)
+    return returns
+
+
 @torch.no_grad()
 def critic_values(learner: "Learner", batch: Batch) -> torch.Tensor:
     """V_m(s_t) of every critic, [M, B, T], 0 on padding."""
     values = batch.mask.new_zeros(len(learner.critics), *batch.mask.shape)
     for m, critic in enumerate(learner.critics):
+        # `part` is those rows of the batch whose numbers are in `index`: as many as fit into memory.
         for index, part in microbatches(batch, learner.config.micro_batch_tokens, f"critic {m + 1} values"):
             values[m, index, :part.mask.shape[1]] = critic(part) * part.mask
     return summed(values)
@@ -363,7 +369,7 @@ def update_critic(learner: "Learner", m: int, batch: Batch, shard: torch.Tensor,
     for _ in range(config.critic_epochs):
         order = shard[torch.randperm(len(shard), generator=generator)]
         for index in order.split(config.critic_batch):
-            minibatch = batch.select(index)
+            minibatch = select(batch, index)
             for _, part in microbatches(minibatch, config.micro_batch_tokens, f"critic {m + 1} learns"):
                 loss = critic_loss(critic(part), part.returns, part.mask)
                 (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
@@ -371,7 +377,7 @@ def update_critic(learner: "Learner", m: int, batch: Batch, shard: torch.Tensor,
 
 
 def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
-    """`utd` optimizer steps, each on the whole batch. Returns the statistics of every pass."""
+    """`utd` optimizer steps, each on the whole batch. Returns policy_loss's statistics of every pass."""
     config = learner.config
     passes = []
     for _ in range(config.utd):
@@ -388,14 +394,27 @@ def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer step with the gradient clipped to norm 1 and then freed, so that only one model's exists at a time.
-    If it is not finite, this raises RuntimeError, and the weights stay as they are."""
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
+    """An AdamW step with the gradient clipped to norm 1, and then freed: memory holds one model's at a time.
+    If the gradient is not finite, this raises RuntimeError, and the weights stay as they are."""
+    add_gradients(model)  # of all processes, if there are several
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()
+
+
+@dataclass
+class Learner:
+    """All that a run works with."""
+
+    config: "RunConfig"
+    actor: nn.Module
+    critics: list["MiniCritic"]
+    optimizers: list[torch.optim.Optimizer]  # the actor's, then the critics'
+    tokenizer: object
+    end_ids: list[int]  # the tokens that end an answer
+    reward: Callable  # reward(answer's text, row of the task) -> float
+    train_problems: list = None  # of (the prompt's token ids, row of the task); so are the held-out ones:
+    test_problems: list = None
 
 
 # =============================================================================================== 3 Mini-critics
@@ -403,13 +422,12 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head.
 
-    Pretraining matters, says the paper: a network that can continue an answer knows much of what tells whether it is
-    going well. (On the toy that is not enough: its critics must also have read graded answers.) Each critic should
-    learn what it knows of values from data of its own, also before the run: else all of them predict the same.
+    The paper starts from a pretrained language model: it already represents much of what a value needs. (On the toy
+    that is not enough: its critics have also read graded answers, and each critic its own, or they would agree.)
 
-    The paper is silent on the head. Ours gives low + (high - low) * sigmoid(score), within the reward's range. Near
-    both ends a sigmoid is flat: where the outcome is all but settled, critics agree, which is what the mask looks for.
-    A linear head (used if the range is infinite) errs there as much as anywhere."""
+    The paper is silent on the head. Ours gives low + (high - low) * sigmoid(score), within the reward's range: as a
+    sigmoid is flat near both ends, critics agree where the outcome is all but settled, and that is what the mask looks
+    for. A linear head (used if the range is infinite) is as noisy there as elsewhere."""
 
     def __init__(self, backbone, reward_range=(0.0, 1.0), generator: torch.Generator | None = None):
         super().__init__()
@@ -433,25 +451,15 @@ class MiniCritic(nn.Module):
         return low + (high - low) * score.sigmoid() if math.isfinite(high - low) else score
 
 
-def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
-    """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation."""
-    return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
-
-
 # =============================================================================================== 4 Rollouts
-
-# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
-# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
-# On a GPU, the products in a model's body are computed in bf16 (mixed_precision), those in its head in TF32 (11 bits).
-
 
 def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], group_size: int, generator) -> Batch:
     """`group_size` answers to each of the problems with these numbers, graded. The reward sits on the answer's last
     token; an answer cut off by the length limit is graded as it stands."""
     config = learner.config
+    prompts = [problems[i][0] for i in numbers]
     uniform = torch.rand(len(numbers), group_size, config.max_new_tokens, generator=generator)
-    batch = generate(learner.actor, [problems[i][0] for i in numbers], uniform, config.temperature, learner.end_ids,
-                     config.sample_batch)
+    batch = generate(learner.actor, prompts, uniform, config.temperature, learner.end_ids, config.micro_batch_tokens)
     batch.problem = torch.tensor(numbers).repeat_interleave(group_size)
     texts = answer_texts(learner, batch)
     batch.rewards = torch.zeros_like(batch.mask)
@@ -464,15 +472,15 @@ def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], gro
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature: float, end_ids: list[int],
-             at_once: int = 256) -> Batch:
+             micro_batch_tokens: int = 2048) -> Batch:
     """Sample G answers to each of N prompts (token ids), side by side, of at most T tokens.
-
-    uniform [N, G, T] holds a random number in [0, 1) for every token. So, apart from rounding, answers do not change
-    with the device or with `at_once`, the number of answers that are sampled together.
 
     Plain ancestral sampling with a key-value cache, from softmax(logits / temperature) and nothing else: no top-k, no
     top-p, whatever the model's generation_config says. PPO's ratio compares pi_theta with the distribution that was
-    *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update."""
+    *sampled from*; trim that here but not in scoring, and the ratio is wrong before the first update.
+
+    uniform [N, G, T] holds a random number in [0, 1) for every token. So, apart from rounding, answers do not change
+    with the device, or with how many are sampled at once."""
     device = model.device
     N, G, T = uniform.shape
     B = N * G
@@ -480,58 +488,54 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     uniform = uniform.reshape(B, T).double().to(device)
     tokens = torch.zeros(B, P + T, dtype=torch.long, device=device)  # padding is token 0: any would do
     attention = torch.zeros_like(tokens)
-    mine = my_share(torch.arange(B, device=device))
-    for row in mine.tolist():
+    my_rows = my_share(torch.arange(B, device=device))
+    for row in my_rows.tolist():
         prompt = torch.tensor(prompts[row // G], device=device)
         tokens[row, P - len(prompt):P] = prompt
         attention[row, P - len(prompt):P] = 1
     logprobs = torch.zeros(B, T, device=device)
     entropy = torch.zeros(B, T, device=device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
+    at_once = max(1, 16 * micro_batch_tokens // (P + T))  # a token in the cache takes far less memory than in training
 
-    with mixed_precision(device):  # around the whole loop, so that weights are made bf16 only once
-        for first in range(0, len(mine), at_once):
-            alive = mine[first:first + at_once]  # [A]: the rows that are still being written
-            # The first pass reads every prompt once; its states and cache are then repeated for the prompt's answers.
-            asked, which = torch.unique_consecutive(alive // G, return_inverse=True)  # prompts; the prompt of each row
-            inputs = tokens[asked * G, :P]
-            seen = attention[asked * G, :P]
-            position = positions(seen)
-            cache = HalfCache(config=model.config) if torch.is_autocast_enabled(device.type) else None
+    def last_state(new, attention, cache):  # of each row, after its `new` tokens; the cache holds those before
+        position = positions(attention)[:, -new.shape[1]:]
+        output = model.base_model(input_ids=new, attention_mask=attention, position_ids=position,
+                                  past_key_values=cache, use_cache=True)
+        return output.last_hidden_state[:, -1]
+
+    with mixed_precision(device):  # around the loop, so that every weight is cast to bf16 only once
+        for first in range(0, len(my_rows), at_once):
+            rows = my_rows[first:first + at_once]  # [A]: the answers that are still being written
+            # Every prompt is read once. Its state and its cache are then repeated, once for each of its answers.
+            prompt, prompt_of_row = torch.unique_consecutive(rows // G, return_inverse=True)
+            cache = Cache(config=model.config)
+            hidden = last_state(tokens[prompt * G, :P], attention[prompt * G, :P], cache)[prompt_of_row]  # [A, D]
+            cache.batch_select_indices(prompt_of_row)
             for t in progress(range(T), "sampling"):
-                output = model.base_model(input_ids=inputs, attention_mask=seen, position_ids=position,
-                                          past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                hidden = output.last_hidden_state[:, -1]
-                position = position[:, -1:] + 1
-                if t == 0:
-                    hidden = hidden[which]
-                    position = position[which]
-                    cache.batch_select_indices(which)
                 logp = logits_of(model, hidden, temperature).log_softmax(-1)  # [A, vocabulary]
-                token = draw(logp, uniform[alive, t])  # [A]
-                tokens[alive, P + t] = token
-                attention[alive, P + t] = 1
-                logprobs[alive, t] = logp.gather(1, token[:, None])[:, 0]
-                entropy[alive, t] = entropy_of(logp)
+                token = draw(logp, uniform[rows, t])  # [A]
+                tokens[rows, P + t] = token
+                attention[rows, P + t] = 1
+                logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
+                entropy[rows, t] = entropy_of(logp)
 
-                going = (~torch.isin(token, ends)).nonzero()[:, 0]  # the others have ended, and leave
-                if len(going) == 0:
+                unfinished = (~torch.isin(token, ends)).nonzero()[:, 0]
+                if len(unfinished) == 0 or t == T - 1:
                     break
-                if len(going) < len(alive):
-                    cache.batch_select_indices(going)
-                alive = alive[going]
-                inputs = token[going, None]
-                position = position[going]
-                seen = attention[alive, :P + t + 1]
+                if len(unfinished) < len(rows):
+                    cache.batch_select_indices(unfinished)
+                rows = rows[unfinished]
+                hidden = last_state(token[unfinished, None], attention[rows, :P + t + 1], cache)
 
     tokens, attention, logprobs, entropy = map(summed, (tokens, attention, logprobs, entropy))
     lengths = attention[:, P:].sum(1)
-    last = tokens.gather(1, P - 1 + lengths[:, None])[:, 0]
-    sizes = torch.stack([attention[:, :P].sum(1), lengths], dim=1).cpu()
+    last_token = tokens.gather(1, P - 1 + lengths[:, None])[:, 0]
     width = int(lengths.max())  # no answer is longer
-    return Batch(tokens[:, :P + width], attention[:, :P + width], attention[:, P:P + width].float(),
-                 logprobs[:, :width], entropy[:, :width], ~torch.isin(last, ends), sizes)
+    return Batch(tokens=tokens[:, :P + width], attention=attention[:, :P + width],
+                 mask=attention[:, P:P + width].float(), logprobs=logprobs[:, :width], entropy=entropy[:, :width],
+                 truncated=~torch.isin(last_token, ends),
+                 sizes=torch.stack([attention[:, :P].sum(1), lengths], dim=1).cpu())
 
 
 def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -554,8 +558,7 @@ def entropy_of(logp: torch.Tensor) -> torch.Tensor:
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0. Models with learned
-    positions would otherwise predict something different."""
+    """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0."""
     return (attention.cumsum(1) - 1).clamp(min=0)
 
 
@@ -599,43 +602,38 @@ Rate = Annotated[float, 1e-12, 1]
 
 @dataclass
 class Config:
-    """Every choice of the algorithm; RunConfig adds a run's. mask_k is --mask-k, and its comment what --help says."""
+    """The options of the algorithm; RunConfig adds those of a run. Each is a flag (mask_k is --mask-k), its comment the
+    text of --help."""
 
-    # The four algorithms are one loop with other flags: PRESETS, below.
-    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # a preset; any other flag wins over it
+    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # one loop, other defaults (PRESETS)
     seed: Annotated[int, 0, 2**32 - 1] = 0  # of all that is random; on a CPU, the same seed gives the same metrics
-    # Rollouts. G must be at least M, so that each critic sees every prompt. On the toy AsyPPO learned fastest from many
-    # prompts, GRPO from 16 with 8 answers. The paper found groups of 32 the most robust.
+    # Rollouts. On the toy, AsyPPO learned fastest from many prompts, GRPO from 16 with 8 answers each. The paper found
+    # groups of 32 the most robust.
     prompts_per_step: Count = 64  # prompts in a batch (32 with --model)
-    group_size: Annotated[int, 2, math.inf] = 2  # G: answers sampled per prompt (8 with --model)
+    group_size: Annotated[int, 2, math.inf] = 2  # G: answers sampled per prompt, at least M (8 with --model)
     max_new_tokens: Count = 16  # length limit of an answer (256 with --model)
     temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling and, identically, of scoring
-    # Actor. UTD 4 is the paper's setting, and high reuse is what AsyPPO is for. The paper is silent on clip: 0.2 is
-    # PPO's usual. Adam's betas are 0.9 and 0.95, as usual for language models.
+    # Actor. UTD 4 is the paper's setting. The paper is silent on clip: 0.2 is PPO's usual.
     utd: Count = 4  # update-to-data ratio: optimizer steps on each batch, every one over the whole batch
     lr: Rate = 3e-4  # actor's learning rate (Adam), tuned on the toy; 5e-6 with --model; the paper's is 1e-6, at 14B
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
     # Advantages. The paper is silent on gamma and lambda. With lambda 0.9, an advantage looks about 1 / (1 - 0.9) = 10
-    # tokens ahead and for the rest trusts the critics: with --model, whose critics have new heads, 0.99.
+    # tokens ahead and for the rest trusts the critics. With --model their heads are new, and it looks further ahead.
     gamma: Share = 1.0  # discount per token (1: the reward does not depend on when it comes)
     lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
     whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
-    # Critics. The paper is silent on their training. Their target is the actual return (critic_lam 1), which no error
-    # of theirs can bias. The toy's critics have read graded answers: a small rate of the backbone keeps what they know,
-    # a larger one lets the head follow the policy. With --model the heads are new: at first only critics learn, as the
-    # actor would follow noise.
+    # Critics. The paper is silent on their training. The toy's have read graded answers: a small rate of the backbone
+    # keeps what they know, a larger one lets the head follow the policy. With --model, at first only critics learn.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
-    critic_layers: Annotated[int, 0, math.inf] = 0  # layers kept of their base (0: all, or the actor's first quarter)
-    shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics (with --model: yes)
-    shared_data: bool = False  # train every critic on all answers (so M times the steps)
+    shared_data: bool = False  # train every critic on all answers (in M times as many steps)
     aggregate: Literal["mean", "min"] = "mean"  # how M values become one (min: against overestimation)
     critic_lr: Share = 1e-4  # learning rate of the critics' backbones; 2e-4 with --model
     critic_head_lr: Share = 1e-3  # learning rate of the critics' heads; 2e-4 with --model
     critic_epochs: Count = 1  # passes of each critic over its shard of a batch (2 with --model)
     critic_batch: Count = 32  # answers per optimizer step of a critic, tuned on the toy (64 in ppo and naive)
-    critic_lam: Share = 1.0  # lambda of the critics' target R_t; 1 is the Monte-Carlo return
+    critic_lam: Share = 1.0  # lambda of the critics' target R_t; 1: the actual return, unbiased by the critics
     critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations, of critics only (4 with --model; at most half)
     # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
     # a control: a mask by sigma is worth only what it gains over a random mask of the same size.
@@ -656,6 +654,8 @@ class Config:
 class RunConfig(Config):
     model: str = ""  # actor: directory, hub name, or Qwen3-0.6B for Qwen/Qwen3-0.6B (else the task's own)
     critic_model: str = ""  # the critics' base, or one for each as A,B; actor: the actor's (else its first layers)
+    critic_layers: Annotated[int, 0, math.inf] = 0  # layers kept of that base (0: all, or the actor's first quarter)
+    shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics (with --model: yes)
     task: str = str(Path(__file__).with_name("toy_task.py"))  # task file with problems() and reward()
     level: str = "auto"  # the task's level of difficulty; auto: with --model, the one that the task chooses
     out: str = ""  # directory for all that the run leaves behind (else runs/[MODEL-]ALGO-SEED)
@@ -665,48 +665,30 @@ class RunConfig(Config):
     checkpoint_every: Annotated[int, 0, math.inf] = 10  # iterations between checkpoints (0: only at the end)
     resume: str = ""  # go on with the run in this directory, with its own flags; --steps may be raised
     micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens per pass in training (0: what fits; on a CPU 2048)
-    sample_batch: Annotated[int, 0, math.inf] = 0  # answers sampled at once (0: what fits; on a CPU 256)
 
 
 # Presets are other defaults. The baselines are plain: no entropy bonus, no masks (with one critic sigma is 0). A single
 # critic gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two. The critic of ppo is
 # the actor's checkpoint with a new head: on the toy, it knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
-NAIVE = PLAIN | dict(critics=1, critic_batch=64)
-PRESETS = {"asyppo": {}, "ppo": NAIVE | dict(critic_model="actor", shared_embeddings=False), "naive": NAIVE,
-           "grpo": PLAIN | dict(critics=0)}
+ONE_CRITIC = PLAIN | dict(critics=1, critic_batch=64)
+PRESETS = {
+    "asyppo": {},
+    "naive": ONE_CRITIC,
+    "ppo": ONE_CRITIC | dict(critic_model="actor", shared_embeddings=False),
+    "grpo": PLAIN | dict(critics=0),
+}
 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
-# lie between the toy's and the paper's and are not tuned; the critics' new heads need more than the actor, bounded ones
-# most (figures/RESULTS.md). Critics are a quarter of the actor's layers, so that two are cheap beside it.
+# lie between the toy's and the paper's and are not tuned (figures/RESULTS.md). Critics are cheap beside the actor: a
+# quarter of its layers each.
 MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=2e-4,
                       critic_head_lr=2e-4, critic_epochs=2, critic_warmup=4, shared_embeddings=True)
-
-
-@dataclass
-class Learner:
-    """The state of training, with the task's problems and reward."""
-
-    config: RunConfig
-    actor: nn.Module
-    critics: list[MiniCritic]
-    optimizers: list[torch.optim.Optimizer]  # the actor's, then the critics'
-    tokenizer: object
-    end_ids: list[int]
-    reward: Callable  # reward(answer's text, example) -> float
-    train_problems: list = None  # of (the prompt's token ids, the task's row), as are the held-out ones
-    test_problems: list = None
 
 
 def seeded(seed: int, what) -> torch.Generator:
     """The random numbers of iteration `what` (or of the evaluation), in a resumed run, too. It takes 32 bits."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {what}".encode()))
-
-
-def signal_of(batch: Batch, name: str, generator) -> torch.Tensor:
-    """What a mask ranks, [B, T]: sigma, or a control (the entropy of the policy that sampled, random numbers)."""
-    noise = torch.rand(batch.mask.shape, generator=generator).to(batch.mask.device)
-    return {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}[name]
 
 
 def microbatches(batch: Batch, token_budget: int, what: str = ""):
@@ -717,12 +699,29 @@ def microbatches(batch: Batch, token_budget: int, what: str = ""):
     at_once = max(1, token_budget // batch.tokens.shape[1])
     for first in progress(range(0, len(mine), at_once), what):
         index = mine[first:first + at_once]
-        yield index, batch.select(index)
+        yield index, select(batch, index)
 
 
-def progress(steps: range, what: str):
-    """`steps` with a bar, which appears after ten seconds and goes away at the end."""
-    return tqdm(steps, what, delay=10, leave=False, disable=rank_and_size()[0] > 0)
+def signal_of(batch: Batch, name: str, generator) -> torch.Tensor:
+    """What a mask ranks, [B, T]: sigma or, as a control, the entropy of the policy that sampled, or random numbers."""
+    noise = torch.rand(batch.mask.shape, generator=generator).to(batch.mask.device)
+    return {"sigma": batch.sigma, "entropy": batch.entropy, "random": noise}[name]
+
+
+def select(batch: Batch, index: torch.Tensor) -> Batch:
+    """The answers numbered by `index`, cut to the longest prompt (p) and the longest answer (t) among them."""
+    p, t = batch.sizes[index].amax(0).tolist()
+    P = batch.prompt_width
+    known = {name: x for name, x in vars(batch).items() if x is not None}
+    for name, x in known.items():
+        b = index.to(x.device)
+        if name in ("tokens", "attention"):
+            known[name] = x[b, P - p:P + t]
+        elif name in ("truncated", "sizes", "problem"):
+            known[name] = x[b]
+        else:  # [B, T] or [M, B, T]
+            known[name] = x[..., b, :t]
+    return Batch(**known)
 
 
 def averaged(found: list, batch: Batch) -> dict:
@@ -734,23 +733,33 @@ def averaged(found: list, batch: Batch) -> dict:
     return {"ratio_error": max(worst), "clip_fraction": sum(clipped), "kl": sum(kl)}
 
 
+def progress(steps: range, what: str):
+    """`steps` with a bar, which appears after ten seconds and goes away at the end."""
+    return tqdm(steps, what, delay=10, leave=False, disable=rank_and_size()[0] > 0)
+
+
+# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
+# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
+
 def mixed_precision(device: torch.device):
     """On a GPU that does so itself (from Ampere on), the matrix products of a model's body run in bf16."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
-class HalfCache(DynamicCache):
-    """Keys and values in bf16, as attention takes them in mixed precision; autocast leaves them in float32."""
+class Cache(DynamicCache):
+    """In mixed precision, keeps keys and values in bf16, as attention takes them; autocast leaves them in float32."""
 
     def update(self, keys, values, *rest, **more):
-        return super().update(keys.bfloat16(), values.bfloat16(), *rest, **more)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(keys.device.type) else keys.dtype
+        return super().update(keys.to(dtype), values.to(dtype), *rest, **more)
 
 
-def answer_texts(learner: "Learner", batch: Batch) -> list[str]:
+def answer_texts(learner: Learner, batch: Batch) -> list[str]:
     """The answers as text, decoded with their prompts, which are then cut off: alone, an answer might lose its first
     space. The end token goes; but if it is a line break with text before it, as in "}\n\n", that text is kept."""
-    texts, P = [], batch.prompt_width
+    texts = []
+    P = batch.prompt_width
     for row, (p, t) in zip(batch.tokens.tolist(), batch.sizes.tolist()):
         ended = row[P + t - 1] in learner.end_ids
         prompt, said, whole = (learner.tokenizer.decode(row[P - p:P + n], clean_up_tokenization_spaces=False)
@@ -780,6 +789,12 @@ def summed(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def add_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
+
+
 def join_processes() -> None:
     """A process that torchrun has started meets the others, on a GPU of its own. Only the first one prints."""
     if dist.is_torchelastic_launched():
@@ -807,8 +822,8 @@ def saying(what: str, shown=""):
 
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
-    """`auto_class`.from_pretrained in float32 and without dropout (which would make the first pass's ratio differ from
-    1); if `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
+    """`auto_class`.from_pretrained in float32; if `layers` is given, only the first `layers` layers, which is how a
+    mini-critic is cut from an actor's checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
     if (Path(name) / "adapter_config.json").exists():
@@ -817,14 +832,13 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
     sizes = config.get_text_config()  # of a vision-language model, that of its text part
     if getattr(config, "quantization_config", None) or getattr(sizes, "final_logit_softcapping", None):
         raise ValueError("models that are quantised or cap their logits are not supported")
-    for key, value in sizes.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(sizes, key, 0.0)
-        if layers and isinstance(value, list) and len(value) == sizes.num_hidden_layers:  # the kinds of its layers
-            setattr(sizes, key, value[:layers])
     if layers > sizes.num_hidden_layers:
         raise ValueError(f"it has only {sizes.num_hidden_layers} layers, not {layers}")
-    sizes.num_hidden_layers = layers or sizes.num_hidden_layers
+    if layers:
+        for key, value in sizes.to_dict().items():
+            if isinstance(value, list) and len(value) == sizes.num_hidden_layers:  # the kinds of its layers
+                setattr(sizes, key, value[:layers])
+        sizes.num_hidden_layers = layers
     model, found = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"no weights for {min(found['missing_keys'])}: is it a language model?")
@@ -833,22 +847,6 @@ def load_pretrained(auto_class, name: str, layers: int = 0):
         print(f"warning: {name} holds {', '.join(left[:3])}, which is not loaded")
     check_model(model)
     return model
-
-
-def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, generator=None) -> MiniCritic:
-    """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
-    their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
-    graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
-    model = load_pretrained(AutoModelForSequenceClassification if graded else AutoModel, name, layers)
-    saved = getattr(model.config, "reward_range", None)  # by a run, with a head
-    if reward_range and saved and tuple(saved) != tuple(reward_range):
-        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
-    critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
-    if graded:
-        critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
-    elif saved:
-        critic.head.load_state_dict(load_file(cached_file(name, "value_head.safetensors")))
-    return critic
 
 
 @torch.no_grad()
@@ -863,6 +861,23 @@ def check_model(model) -> None:
         ours, theirs = logits_of(model, whole, 1.0), model(input_ids=tokens, use_cache=False).logits[0, :4]
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise ValueError("its logits are capped or scaled; that is not supported")
+
+
+def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, generator=None) -> MiniCritic:
+    """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
+    their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
+    graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
+    kind = transformers.AutoModelForSequenceClassification if graded else AutoModel
+    model = load_pretrained(kind, name, layers)
+    saved = getattr(model.config, "reward_range", None)  # by a run, with a head
+    if reward_range and saved and tuple(saved) != tuple(reward_range):
+        raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
+    critic = MiniCritic(model.base_model, saved or reward_range or (0.0, 1.0), generator)
+    if graded:
+        critic.head.load_state_dict({"bias": torch.zeros(1)} | model.score.state_dict())
+    elif saved:
+        critic.head.load_state_dict(load_file(transformers.utils.cached_file(name, "value_head.safetensors")))
+    return critic
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -881,9 +896,9 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 def load_task(path: str):
-    """Import a task file: problems(split, seed) -> Dataset and reward(response, example) -> float. Optional: models(M)
-    -> directory of an actor and a list of those of the M critics' bases; choose_level(share_of), with problems(split,
-    seed, level); look(learner, batch) -> metrics; draw(out), pictures."""
+    """Import a task file: problems(split, seed) -> Dataset and reward(response, row) -> float. It may also have
+    problems(split, seed, level), with the level given by --level or by choose_level(share_of); models(M) -> directory
+    of an actor and a list of those of M critics' bases; look(learner, batch) -> metrics; draw(out), pictures."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         # Named after its content: datasets caches by names and would give one task file the rows of another.
@@ -969,21 +984,23 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
     return problems
 
 
-def fit_into_memory(learner: Learner, longest: int) -> tuple[int, int]:
-    """micro_batch_tokens and sample_batch, for texts of up to `longest` tokens. They may fill half of what is free once
-    every trained weight has its gradient and Adam's two moments. Per token, layer and hidden unit, training takes some
-    85 bytes (Qwen3-0.6B on an H200), sampling at most 4 (key and value, in bf16)."""
+def fit_into_memory(learner: Learner) -> int:
+    """How many tokens to train on in one pass: on a CPU 2048. On a GPU, they may fill half of what is free once every
+    trained weight has its gradient and Adam's two moments. A token takes some 85 bytes per layer and hidden unit
+    (Qwen3-0.6B on an H200)."""
+    if not torch.cuda.is_available():
+        return 2048
     sizes = learner.actor.config.get_text_config()
     trained = sum(p.numel() for x in (learner.actor, *learner.critics) for p in x.parameters() if p.requires_grad)
-    room = max(0, torch.cuda.mem_get_info()[0] - 12 * trained) / 2 / sizes.num_hidden_layers / sizes.hidden_size
-    return 1 + int(room / 85), 1 + int(room / (4 * longest))
+    room = max(0, torch.cuda.mem_get_info()[0] - 12 * trained) / 2
+    return 1 + int(room / (85 * sizes.num_hidden_layers * sizes.hidden_size))
 
 
 def make_learner(given: RunConfig, task) -> Learner:
     """Everything that a run needs: models, optimizers, problems."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = replace(given, micro_batch_tokens=given.micro_batch_tokens or 2048, sample_batch=given.sample_batch or 256)
+    config = replace(given)
     bases = config.critic_model.split(",") if config.critic_model else []
     name, *bases = (f"Qwen/{x}" if x.startswith("Qwen") and "/" not in x and not Path(x).exists() else x
                     for x in (config.model, *bases))
@@ -993,7 +1010,7 @@ def make_learner(given: RunConfig, task) -> Learner:
         bases = bases or own
     bases = [name if base == "actor" else base for base in bases]
     with saying(f"--model {name}"):
-        actor, tokenizer = load_pretrained(AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
+        actor, tokenizer = load_pretrained(transformers.AutoModelForCausalLM, name), AutoTokenizer.from_pretrained(name)
     layers = config.critic_layers
     if not bases:  # the first quarter of the actor
         bases = [name]
@@ -1022,13 +1039,14 @@ def make_learner(given: RunConfig, task) -> Learner:
     optimizers = []
     for m, model in enumerate((actor, *critics)):
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
-        model.eval()  # whatever a model does at random, it does in train mode
+        model.eval()  # no dropout, nothing random: else the first pass's ratio would not be 1
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
         print(f"{f'critic {m}' if m else 'actor':10s}{sum(p.numel() for p in model.parameters()):14,d} parameters")
     limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
     learner = Learner(config, actor, critics, optimizers, tokenizer, ends, checked(task.reward, *limits))
+    config.micro_batch_tokens = config.micro_batch_tokens or fit_into_memory(learner)
 
     def share_of(level: str) -> tuple[float, float]:
         """Of 32 answers at this level: which share is right, and which is cut off by the length limit?"""
@@ -1043,46 +1061,33 @@ def make_learner(given: RunConfig, task) -> Learner:
     seen = {tuple(ids) for ids, _ in learner.train_problems}
     if both := sum(tuple(ids) in seen for ids, _ in learner.test_problems):
         print(f"warning: {both} of {len(learner.test_problems)} held-out prompts are also in the training split")
-    if torch.cuda.is_available() and not (given.micro_batch_tokens and given.sample_batch):
-        longest = max(len(ids) for ids, _ in learner.train_problems + learner.test_problems) + config.max_new_tokens
-        tokens, answers = fit_into_memory(learner, longest)
-        config.micro_batch_tokens = given.micro_batch_tokens or tokens
-        config.sample_batch = given.sample_batch or answers
     held_out = min(config.eval_problems, len(learner.test_problems))
     print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
           f"{config.max_new_tokens} tokens (--prompts-per-step, --group-size, --eval-problems, --max-new-tokens)\n"
-          f"at once: --micro-batch-tokens {config.micro_batch_tokens}, --sample-batch {config.sample_batch}")
-    actor.generation_config = GenerationConfig(eos_token_id=learner.end_ids or None)  # saved as it was trained
+          f"at once: --micro-batch-tokens {config.micro_batch_tokens}")
+    # Saved as it was trained: without the top-k and top-p of its own.
+    actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)
     return learner
 
 
 # =============================================================================================== 8 The run
 
 def evaluate(learner: Learner) -> float:
-    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Prints the first one: the
-    end of the prompt, the answer and its reward, in a line."""
+    """Mean reward (the accuracy) on held-out problems, one answer each, always with one seed. Shows the first one."""
     numbers = range(len(learner.test_problems))[:learner.config.eval_problems]
     batch = sample_and_grade(learner, learner.test_problems, numbers, 1, seeded(learner.config.seed, "evaluation"))
     rewards = batch.rewards.sum(1)
-    prompt, whole = (" ".join(learner.tokenizer.decode(ids).split()) for ids in (
-        learner.test_problems[0][0], batch.tokens[0][batch.attention[0].bool()]))
-    half = shutil.get_terminal_size().columns // 2 - 9
-    shown = prompt if len(prompt) <= half else "..." + prompt[3 - half:]
-    tqdm.write(f"  {shown} | {whole[len(prompt):][:half]} | reward {rewards[0]:.2g}")
+    prompt = " ".join(learner.tokenizer.decode(learner.test_problems[0][0]).split())
+    answer = " ".join(answer_texts(learner, select(batch, torch.tensor([0])))[0].split())
+    half = shutil.get_terminal_size().columns // 2 - 11
+    tqdm.write(f"  ...{prompt[-half:]} | {answer[:half]} | reward {rewards[0]:.2g}")
     return float(rewards.mean())
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: 0 no better than a constant, below 0 worse, 1
-    perfect (true values explain less, as sampling is random). NaN where the returns do not vary. All [B, T]."""
-    valid = mask.bool()
-    if not valid.any() or returns[valid].min() == returns[valid].max():
-        return float("nan")
-    return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
-
-
 def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
-    """An iteration's metrics. kl and clip_fraction are of the last pass, so after utd - 1 of the utd steps."""
+    """An iteration's metrics. first_ratio_error and first_kl are of the first pass, and 0 but for rounding. kl and
+    clip_fraction are of the last one, after utd - 1 of the utd steps. explained_variance is that of V_bar before the
+    critics learn from the batch, where a run evaluates and in the warm-up: little if nearly all answers are right."""
     def mean(x):
         return float((x * batch.mask).sum() / batch.mask.sum())
 
@@ -1197,8 +1202,8 @@ def save_models(learner: Learner, out: Path) -> None:
 # =============================================================================================== 9 Command line
 
 # What --resume may change: how long a run is, how it is watched and fits into memory, and paths.
-MAY_CHANGE = {"steps", "eval_every", "eval_problems", "checkpoint_every", "micro_batch_tokens", "sample_batch",
-              "task", "model", "critic_model", "resume"}
+MAY_CHANGE = {"steps", "eval_every", "eval_problems", "checkpoint_every", "micro_batch_tokens", "task", "model",
+              "critic_model", "resume"}
 
 
 def parse(argv: list[str] | None) -> RunConfig:
@@ -1206,7 +1211,7 @@ def parse(argv: list[str] | None) -> RunConfig:
     parser = argparse.ArgumentParser("asyppo", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     hints = get_type_hints(RunConfig, include_extras=True)
-    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(sys.modules[__name__]), re.M))
+    comments = dict(re.findall(r"^    (\w+): .*  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.M))
     for f in fields(RunConfig):
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):

@@ -279,7 +279,7 @@ LINES = {"asyppo": ("asyppo: two mini-critics", "crimson"), "oracle": ("oracle: 
          "naive": ("naive: PPO, one mini-critic", "tab:orange"), "full": ("full: PPO, full-size critic", "tab:green"),
          "grpo": ("grpo: no critic", "tab:blue"), "no-mask": ("no-mask: asyppo without mask", "tab:purple"),
          "language": ("language: critics without grades", "tab:brown"), "scratch": ("scratch: random critics", "black")}
-CURVES = {"Five algorithms": ["asyppo", "oracle", "naive", "full", "grpo"],
+CURVES = {"Algorithms": ["asyppo", "oracle", "naive", "full", "grpo"],
           "What AsyPPO owes to its mask and to pretraining": ["asyppo", "no-mask", "language", "scratch", "grpo"]}
 
 
@@ -297,12 +297,12 @@ def plot(results: dict, out: Path) -> None:
         if points:
             right.plot(*zip(*points), "o", color=LINES[name][1], label=LINES[name][0])
     right.axhline(0, color=LINES["grpo"][1], label=LINES["grpo"][0])
-    right.set(xlabel="sight at the first evaluation (see toy_task.look)", ylabel="mean accuracy minus GRPO's",
+    right.set(xlabel="V's step at right minus at wrong digits (in std)", ylabel="mean accuracy minus GRPO's",
               title="A critic is worth what it sees (a dot a run)")
     right.legend(loc="lower right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-    figure.suptitle("A sheet of 12 problems, pass or fail (mean of the seeds; of AsyPPO and GRPO also the range)")
+    figure.suptitle("A sheet of 12 problems, pass or fail: mean of the pretrainings; of AsyPPO and GRPO also the range")
     figure.savefig(out / "curves.png", dpi=100)
 
 
