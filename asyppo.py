@@ -6,7 +6,7 @@ long answer, often wrong. GRPO drops it: every token of an answer gets the same 
 with two small *mini-critics* ("asymmetric"), each trained on its own half of every prompt's answers. One iteration,
 with M critics, G answers per prompt, and pi_old for the actor as it was when it sampled:
 
-    answers  = G samples per prompt from the actor, each graded (0 or 1) at its end          generate
+    answers  = G samples per prompt from the actor, each graded at its end                   sample_and_grade
     shards   = every prompt's answers, dealt out to the M critics                            assign_shards
     each critic m: gradient steps on (V_m - return)^2, on its own shard only                 critic_loss
     V_bar    = mean over the critics, for every token                                        aggregate
@@ -68,8 +68,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DynamicCache
 def assign_shards(num_prompts, group_size, num_critics, generator=None):
     """Group-level disjoint shards: which critic is trained on which answer.
 
-    Every critic gets answers to *every* prompt, but no answer goes to two critics: from the same ones they would learn
-    the same. Who gets which is random; the critics' counts differ by at most one:
+    Every critic gets answers to *every* prompt, so that it knows all of them. But no answer goes to two critics:
+    trained on the same answers, they would become alike. Who gets which is random; the counts differ by at most one:
 
     >>> assign_shards(2, 3, 2, torch.Generator().manual_seed(0)).view(2, 3)
     tensor([[0, 0, 1],
@@ -79,29 +79,28 @@ def assign_shards(num_prompts, group_size, num_critics, generator=None):
     owner[p * group_size + g]. Raises ValueError if there are fewer answers per prompt than critics."""
     if not 1 <= num_critics <= group_size:
         raise ValueError(f"{group_size} answers per prompt cannot be divided among {num_critics} critics")
+    # Critics take turns through the whole batch, as in 0 1 0 | 1 0 1. Then each prompt's row is shuffled.
     in_turn = torch.arange(num_prompts * group_size).view(num_prompts, group_size) % num_critics
     shuffled = torch.rand(num_prompts, group_size, generator=generator).argsort(dim=1)
     return in_turn.gather(1, shuffled).flatten()
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). With V_bar for the values, this is the
-    paper's corrected advantage.
+    """Generalized advantage estimation (Schulman et al., arXiv 1506.02438). The paper uses it on V_bar.
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)          A_t = sum_l (gamma * lam)^l * delta_{t+l}
 
     rewards, values, mask: [B, T]; values[:, t] is V(s_t), the value before token t. V after the last token is 0, also
     where the length limit cut an answer off: it is graded as it stands, and no more reward can come. Here an answer has
-    three tokens and one of padding. With lam 0 an advantage looks one step ahead, with lam 1 as far as the reward:
+    three tokens and one of padding. With lam 0, an advantage looks one step ahead (with lam 1, as far as the reward):
 
-    >>> rewards, values, mask = torch.tensor([[[0, 0, 1, 0]], [[0.5, 0.25, 0.75, 9]], [[1, 1, 1, 0]]])
-    >>> gae(rewards, values, mask, gamma=1, lam=0)[0]
+    >>> rewards = torch.tensor([[0, 0, 1, 0]])
+    >>> values = torch.tensor([[0.5, 0.25, 0.75, 9]])
+    >>> gae(rewards, values, mask=torch.tensor([[1, 1, 1, 0]]), gamma=1, lam=0)[0]
     tensor([[-0.2500,  0.5000,  0.2500,  0.0000]])
-    >>> gae(rewards, values, mask, gamma=1, lam=1)[0]
-    tensor([[0.5000, 0.7500, 0.2500, 0.0000]])
 
-    Returns advantages and returns (= advantages + values, the lambda-return; for lam 1 the discounted sum of rewards),
-    both [B, T], at least float32, and 0 where mask is 0."""
+    Returns advantages and returns, both [B, T], at least float32, and 0 where mask is 0. returns = advantages + values:
+    with lam 1 the discounted sum of rewards, else the lambda-return."""
     valid = mask.bool()
     dtype = torch.promote_types(values.dtype, torch.float32)  # long sums go wrong in bf16
     rewards = rewards.to(dtype).masked_fill(~valid, 0)
@@ -134,7 +133,7 @@ def whiten(x, mask):
 def group_advantages(rewards, group_size):
     """GRPO (arXiv 2402.03300): an answer's reward compared with those of the other answers to the same prompt.
     rewards [B], the answers to one prompt side by side -> advantages [B]: (R - group mean) / group std, one number for
-    all tokens of an answer ([:, None] * mask spreads it); 0 in a group whose answers are all right or all wrong."""
+    all tokens of an answer; 0 in a group whose answers are all right or all wrong."""
     groups = rewards.float().view(-1, group_size)
     centered = groups - groups.mean(dim=1, keepdim=True)
     alike = groups.amin(dim=1, keepdim=True) == groups.amax(dim=1, keepdim=True)
@@ -144,8 +143,9 @@ def group_advantages(rewards, group_size):
 def disagreement(values):
     """sigma_t = std_m V_m(s_t): how far the critics are apart on every token. values [M, B, T] -> sigma [B, T].
 
-    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them. Note
-    that of every answer one critic has just seen the reward, and the others have not: part of sigma is only that."""
+    Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them.
+    Caution: when sigma is computed, one critic has just been trained on this answer's reward, and the others have not.
+    Part of sigma is only that."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -153,10 +153,9 @@ def advantage_mask(sigma, mask, k):
     """I_A(t): 0 on the share k of valid tokens with the lowest sigma, 1 on the others, 0 on padding. sigma, mask and
     the result are [B, T].
 
-    The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, the more so
-    if a batch is reused. Where they differ, the outcome is still open, and an update teaches something. (The toy finds
-    no gain: figures/RESULTS.md.) The paper is silent on what is ranked: we rank all answer tokens of the batch
-    together. Here two of five are masked; the last one is padding:
+    The paper's reason: where the critics agree, little is left to learn, and an update there fits noise, especially if
+    a batch is reused. (The toy finds no gain: figures/RESULTS.md.) The paper is silent on what is ranked: we rank all
+    answer tokens of the batch together. Here two of five are masked; the last one is padding:
 
     >>> sigma = torch.tensor([[0.3, 0.1, 0.2], [0.4, 0.5, 0.0]])
     >>> advantage_mask(sigma, mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), k=0.4).tolist()
@@ -208,8 +207,8 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
       clip_fraction  the share of tokens with rho outside 1 +- clip
       kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)"""
     valid = mask.bool()
-    # An infinite ratio would make the gradient NaN. So padding is zeroed and log rho is clamped before exp. (The clamp
-    # differs from PPO only where rho > e^20 and A < 0: it stops the gradient there.)
+    # Padding may hold anything, so it is zeroed before exp. log rho is clamped so that exp cannot overflow; that
+    # changes the gradient only where rho > e^20 and A < 0.
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # in float16, e^12 overflows
     log_ratio = (logprobs.to(dtype) - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -237,24 +236,13 @@ def critic_loss(values, returns, mask):
     return error.square().sum() / valid.sum().clamp(min=1)
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: how much a critic knows. All [B, T].
-
-    0 is no better than a constant, below 0 worse, 1 perfect (true values explain less, as sampling is random). NaN
-    where the returns do not vary."""
-    valid = mask.bool()
-    if not valid.any() or returns[valid].min() == returns[valid].max():
-        return float("nan")
-    return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
-
-
 def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
     """V_bar [B, T] from values [M, B, T]. The mean is the paper's; the minimum guards against overestimation."""
     return values.mean(dim=0) if how == "mean" else values.amin(dim=0)
 
 
 # =============================================================================================== 2 One iteration
-# Ignore my_share and summed while reading: unless there are several GPUs (section 6), they return what they are given.
+# Ignore while reading: `watch`, which is for timing, and my_share and summed, which are for several GPUs.
 
 @dataclass
 class Batch:
@@ -284,7 +272,7 @@ class Batch:
     returns: torch.Tensor = None     # [B, T] R_t, the critics' target
     values: torch.Tensor = None      # [M, B, T] V_m(s_t), after the critics' update
     v_bar: torch.Tensor = None       # [B, T]
-    predicted: torch.Tensor = None   # [B, T] v_bar before that update, where a run evaluates
+    predicted: torch.Tensor = None   # [B, T] v_bar before the critics' update (for explained_variance)
     sigma: torch.Tensor = None       # [B, T]
     advantages: torch.Tensor = None  # [B, T]
     adv_keep: torch.Tensor = None    # [B, T] I_A
@@ -309,16 +297,16 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     watch("rollout", batch)
 
     if critics:
-        # Each critic learns from its own shard, *before* the batch is valued: the paper's order, which lets the critics
-        # follow the policy.
+        # Each critic learns from its own shard, *before* the batch is valued: the paper's order, by which V fits the
+        # current policy. The price is that each critic has already seen its shard's rewards (see disagreement).
         batch.returns = critic_targets(learner, batch)
         owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
         for m in range(len(critics)):
-            shard = (owner == m) | config.shared_data  # shared_data is a control: all answers for all critics
-            # All critics shuffle with the same random numbers: only their data differ.
-            update_critic(learner, m, batch, shard.nonzero()[:, 0], generator.clone_state())
+            is_mine = (owner == m) | config.shared_data  # shared_data is a control: all answers for all critics
+            # They shuffle with the same random numbers: only their data differ.
+            update_critic(learner, m, batch, is_mine.nonzero()[:, 0], generator.clone_state())
 
-        # The corrected advantage: GAE on the ensemble's value. And the critics' disagreement.
+        # The paper's "corrected advantage" is GAE on the mean of the critics.
         batch.values = critic_values(learner, batch)
         batch.v_bar = aggregate(batch.values, config.aggregate)
         batch.advantages, _ = gae(batch.rewards, batch.v_bar, batch.mask, config.gamma, config.lam)
@@ -327,9 +315,9 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
         batch.sigma = disagreement(batch.values)
     else:
         batch.advantages = group_advantages(batch.rewards.sum(1), config.group_size)[:, None] * batch.mask
-        batch.sigma = torch.zeros_like(batch.mask)
+        batch.sigma = torch.zeros_like(batch.mask)  # the same everywhere: nothing will be masked or filtered
 
-    # The two masks, ranked over the whole batch by sigma (or, as a control, by something else).
+    # The mask and the filter, both by sigma (signal_of: or, as a control, by entropy or at random).
     batch.adv_keep = advantage_mask(signal_of(batch, config.mask_by, generator), batch.mask, config.mask_k)
     batch.ent_keep = entropy_filter(signal_of(batch, config.filter_by, generator), batch.mask, config.filter_h)
     watch("critic", batch)
@@ -345,7 +333,7 @@ def critic_targets(learner: "Learner", batch: Batch) -> torch.Tensor:
     """R_t [B, T]. The paper is silent on it. Ours is the actual return (critic_lam 1). With a critic_lam below 1 it is
     the lambda-return, a mix of that and what the critics predict now."""
     config = learner.config
-    values = torch.zeros_like(batch.mask)  # with critic_lam 1, they cancel out
+    values = torch.zeros_like(batch.mask)  # with critic_lam 1, the returns do not depend on them
     if config.critic_lam < 1:
         values = aggregate(critic_values(learner, batch), config.aggregate)
     _, returns = gae(batch.rewards, values, batch.mask, config.gamma, config.critic_lam)
@@ -357,7 +345,7 @@ def critic_values(learner: "Learner", batch: Batch) -> torch.Tensor:
     """V_m(s_t) of every critic, [M, B, T], 0 on padding."""
     values = batch.mask.new_zeros(len(learner.critics), *batch.mask.shape)
     for m, critic in enumerate(learner.critics):
-        # `part` is those rows of the batch whose numbers are in `index`: as many as fit into memory.
+        # `part` holds the rows whose numbers are in `index`, as many as fit into memory, cut to their longest answer.
         for index, part in microbatches(batch, learner.config.micro_batch_tokens, f"critic {m + 1} values"):
             values[m, index, :part.mask.shape[1]] = critic(part) * part.mask
     return summed(values)
@@ -394,8 +382,8 @@ def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """An AdamW step with the gradient clipped to norm 1, and then freed: memory holds one model's at a time.
-    If the gradient is not finite, this raises RuntimeError, and the weights stay as they are."""
+    """An AdamW step with the gradient clipped to norm 1. Then the gradient is freed, so that memory holds only one
+    model's. If it is not finite, this raises RuntimeError, and the weights stay as they are."""
     add_gradients(model)  # of all processes, if there are several
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
     optimizer.step()
@@ -413,17 +401,19 @@ class Learner:
     tokenizer: object
     end_ids: list[int]  # the tokens that end an answer
     reward: Callable  # reward(answer's text, row of the task) -> float
-    train_problems: list = None  # of (the prompt's token ids, row of the task); so are the held-out ones:
-    test_problems: list = None
+    train_problems: list[tuple[list[int], dict]] = None  # the prompt's token ids, and the row of the task
+    test_problems: list[tuple[list[int], dict]] = None
 
 
 # =============================================================================================== 3 Mini-critics
 
 class MiniCritic(nn.Module):
-    """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head.
+    """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head. Small: with --model,
+    the first quarter of the actor's layers and a frozen copy of its embeddings.
 
-    The paper starts from a pretrained language model: it already represents much of what a value needs. (On the toy
-    that is not enough: its critics have also read graded answers, and each critic its own, or they would agree.)
+    The paper starts from a pretrained language model: it already represents much of what a value needs. On the toy that
+    was not enough; its critics have also read graded answers. Each has read answers of its own: during the run, shards
+    alone make critics differ only a little.
 
     The paper is silent on the head. Ours gives low + (high - low) * sigmoid(score), within the reward's range: as a
     sigmoid is flat near both ends, critics agree where the outcome is all but settled, and that is what the mask looks
@@ -452,6 +442,9 @@ class MiniCritic(nn.Module):
 
 
 # =============================================================================================== 4 Rollouts
+
+# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
+# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
 
 def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], group_size: int, generator) -> Batch:
     """`group_size` answers to each of the problems with these numbers, graded. The reward sits on the answer's last
@@ -496,9 +489,10 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     logprobs = torch.zeros(B, T, device=device)
     entropy = torch.zeros(B, T, device=device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    at_once = max(1, 16 * micro_batch_tokens // (P + T))  # a token in the cache takes far less memory than in training
+    at_once = max(1, 16 * micro_batch_tokens // (P + T))  # answers; a cached token takes less memory than a trained one
 
-    def last_state(new, attention, cache):  # of each row, after its `new` tokens; the cache holds those before
+    def last_state(new, attention, cache):
+        """Reads the `new` tokens [A, n], which the cache then holds, too. Returns the state after the last, [A, D]."""
         position = positions(attention)[:, -new.shape[1]:]
         output = model.base_model(input_ids=new, attention_mask=attention, position_ids=position,
                                   past_key_values=cache, use_cache=True)
@@ -507,11 +501,12 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     with mixed_precision(device):  # around the loop, so that every weight is cast to bf16 only once
         for first in range(0, len(my_rows), at_once):
             rows = my_rows[first:first + at_once]  # [A]: the answers that are still being written
-            # Every prompt is read once. Its state and its cache are then repeated, once for each of its answers.
-            prompt, prompt_of_row = torch.unique_consecutive(rows // G, return_inverse=True)
+            # Every prompt is read once; its state and cache are then repeated for each of its answers. With G = 2, rows
+            # 4 5 6 7 are of prompts 2 2 3 3: `firsts` is 4 6, where a prompt's first row is, and `copies` 0 0 1 1.
+            firsts, copies = torch.unique_consecutive(rows // G * G, return_inverse=True)
             cache = Cache(config=model.config)
-            hidden = last_state(tokens[prompt * G, :P], attention[prompt * G, :P], cache)[prompt_of_row]  # [A, D]
-            cache.batch_select_indices(prompt_of_row)
+            hidden = last_state(tokens[firsts, :P], attention[firsts, :P], cache)[copies]  # [A, D]
+            cache.batch_select_indices(copies)
             for t in progress(range(T), "sampling"):
                 logp = logits_of(model, hidden, temperature).log_softmax(-1)  # [A, vocabulary]
                 token = draw(logp, uniform[rows, t])  # [A]
@@ -542,7 +537,8 @@ def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token from each row's distribution: the first at which the sum of probabilities exceeds the random number.
     logp [A, vocabulary], uniform [A] in float64 -> [A]."""
     cumulative = logp.exp().cumsum(-1, dtype=torch.double)  # in float32, rare tokens would get lost
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    total = cumulative[:, -1:]  # 1, but for rounding
+    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)[:, 0]
     return token.clamp(max=logp.shape[1] - 1)
 
 
@@ -602,46 +598,52 @@ Rate = Annotated[float, 1e-12, 1]
 
 @dataclass
 class Config:
-    """The options of the algorithm; RunConfig adds those of a run. Each is a flag (mask_k is --mask-k), its comment the
-    text of --help."""
+    """The options of the algorithm; RunConfig adds those of a run. Each is a flag, and its comment is in --help."""
 
-    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # one loop, other defaults (PRESETS)
+    algo: Literal["asyppo", "ppo", "grpo", "naive"] = "asyppo"  # the same loop with other defaults (PRESETS)
     seed: Annotated[int, 0, 2**32 - 1] = 0  # of all that is random; on a CPU, the same seed gives the same metrics
-    # Rollouts. On the toy, AsyPPO learned fastest from many prompts, GRPO from 16 with 8 answers each. The paper found
-    # groups of 32 the most robust.
-    prompts_per_step: Count = 64  # prompts in a batch (32 with --model)
-    group_size: Annotated[int, 2, math.inf] = 2  # G: answers sampled per prompt, at least M (8 with --model)
-    max_new_tokens: Count = 16  # length limit of an answer (256 with --model)
+    # Rollouts. The paper found groups of 32 the most robust. On the toy, AsyPPO learned fastest with 2, GRPO with 8.
+    prompts_per_step: Count = 64  # prompts in a batch
+    group_size: Annotated[int, 2, math.inf] = 2  # G: answers sampled per prompt, at least M
+    max_new_tokens: Count = 16  # length limit of an answer
     temperature: Annotated[float, 0.01, 100] = 1.0  # of sampling and, identically, of scoring
     # Actor. UTD 4 is the paper's setting. The paper is silent on clip: 0.2 is PPO's usual.
     utd: Count = 4  # update-to-data ratio: optimizer steps on each batch, every one over the whole batch
-    lr: Rate = 3e-4  # actor's learning rate (Adam), tuned on the toy; 5e-6 with --model; the paper's is 1e-6, at 14B
+    lr: Rate = 3e-4  # actor's learning rate, tuned on the toy (the paper's is 1e-6, at 14B)
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
-    # Advantages. The paper is silent on gamma and lambda. With lambda 0.9, an advantage looks about 1 / (1 - 0.9) = 10
-    # tokens ahead and for the rest trusts the critics. With --model their heads are new, and it looks further ahead.
+    # Advantages. The paper is silent on gamma and lambda. With 0.9, GAE looks about 1 / (1 - 0.9) = 10 tokens ahead.
     gamma: Share = 1.0  # discount per token (1: the reward does not depend on when it comes)
-    lam: Share = 0.9  # GAE's lambda for the actor's advantages (0.99 with --model)
+    lam: Share = 0.9  # GAE's lambda for the actor's advantages
     whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
-    # Critics. The paper is silent on their training. The toy's have read graded answers: a small rate of the backbone
-    # keeps what they know, a larger one lets the head follow the policy. With --model, at first only critics learn.
+    # Critics. The paper is silent on their training. The toy's have read graded answers: their backbones have a small
+    # learning rate, to keep what they know, and the heads a larger one, to follow the policy.
     critics: Annotated[int, 0, math.inf] = 2  # M; 0 means none: GRPO's group-relative advantages instead
     reward_min: float = 0.0  # critics estimate between this and reward_max, so every reward must lie there
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
     shared_data: bool = False  # train every critic on all answers (in M times as many steps)
     aggregate: Literal["mean", "min"] = "mean"  # how M values become one (min: against overestimation)
-    critic_lr: Share = 1e-4  # learning rate of the critics' backbones; 2e-4 with --model
-    critic_head_lr: Share = 1e-3  # learning rate of the critics' heads; 2e-4 with --model
-    critic_epochs: Count = 1  # passes of each critic over its shard of a batch (2 with --model)
+    critic_lr: Share = 1e-4  # learning rate of the critics' backbones
+    critic_head_lr: Share = 1e-3  # learning rate of the critics' heads
+    critic_epochs: Count = 1  # passes of each critic over its shard of a batch
     critic_batch: Count = 32  # answers per optimizer step of a critic, tuned on the toy (64 in ppo and naive)
     critic_lam: Share = 1.0  # lambda of the critics' target R_t; 1: the actual return, unbiased by the critics
-    critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations, of critics only (4 with --model; at most half)
-    # The two masks. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is PPO's usual. The random signal is
-    # a control: a mask by sigma is worth only what it gains over a random mask of the same size.
+    critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations, with only critics learning (at most half)
+    # Mask and filter. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is usual. "random" is a control:
+    # a mask by sigma is worth only what it gains over a random mask of the same size.
     mask_k: Share = 0.2  # k: share of tokens, lowest signal first, whose advantage is masked
     mask_by: Literal["sigma", "entropy", "random"] = "sigma"  # signal of the advantage mask
     entropy_coef: Annotated[float, 0, 100] = 0.01  # beta: weight of the entropy bonus (0: none)
     filter_h: Share = 0.2  # h: share of tokens, highest signal first, that get no entropy bonus
     filter_by: Literal["sigma", "entropy", "random"] = "sigma"  # signal of the entropy filter
+
+
+# The baselines are plain: no mask, no entropy bonus. A single critic gets all the answers: with 64 per step, it takes as
+# many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it knows
+# nothing at first.
+PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
+ONE_CRITIC = PLAIN | dict(critics=1, critic_batch=64)
+PRESETS = {"asyppo": {}, "naive": ONE_CRITIC, "grpo": PLAIN | dict(critics=0),
+           "ppo": ONE_CRITIC | dict(critic_model="actor", shared_embeddings=False)}
 
 
 # ######################################################################################################################
@@ -655,7 +657,7 @@ class RunConfig(Config):
     model: str = ""  # actor: directory, hub name, or Qwen3-0.6B for Qwen/Qwen3-0.6B (else the task's own)
     critic_model: str = ""  # the critics' base, or one for each as A,B; actor: the actor's (else its first layers)
     critic_layers: Annotated[int, 0, math.inf] = 0  # layers kept of that base (0: all, or the actor's first quarter)
-    shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics (with --model: yes)
+    shared_embeddings: bool = False  # one frozen copy of the embeddings for all critics
     task: str = str(Path(__file__).with_name("toy_task.py"))  # task file with problems() and reward()
     level: str = "auto"  # the task's level of difficulty; auto: with --model, the one that the task chooses
     out: str = ""  # directory for all that the run leaves behind (else runs/[MODEL-]ALGO-SEED)
@@ -667,21 +669,9 @@ class RunConfig(Config):
     micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens per pass in training (0: what fits; on a CPU 2048)
 
 
-# Presets are other defaults. The baselines are plain: no entropy bonus, no masks (with one critic sigma is 0). A single
-# critic gets all the answers: with 64 per step, it takes as many steps as each of AsyPPO's two. The critic of ppo is
-# the actor's checkpoint with a new head: on the toy, it knows nothing at first.
-PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
-ONE_CRITIC = PLAIN | dict(critics=1, critic_batch=64)
-PRESETS = {
-    "asyppo": {},
-    "naive": ONE_CRITIC,
-    "ppo": ONE_CRITIC | dict(critic_model="actor", shared_embeddings=False),
-    "grpo": PLAIN | dict(critics=0),
-}
-
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
-# lie between the toy's and the paper's and are not tuned (figures/RESULTS.md). Critics are cheap beside the actor: a
-# quarter of its layers each.
+# lie between the toy's and the paper's and are not tuned (figures/RESULTS.md). The critics' heads are new: at first
+# only critics learn, and lambda trusts them less.
 MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=2e-4,
                       critic_head_lr=2e-4, critic_epochs=2, critic_warmup=4, shared_embeddings=True)
 
@@ -737,9 +727,6 @@ def progress(steps: range, what: str):
     """`steps` with a bar, which appears after ten seconds and goes away at the end."""
     return tqdm(steps, what, delay=10, leave=False, disable=rank_and_size()[0] > 0)
 
-
-# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
-# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
 
 def mixed_precision(device: torch.device):
     """On a GPU that does so itself (from Ampere on), the matrix products of a model's body run in bf16."""
@@ -1084,6 +1071,17 @@ def evaluate(learner: Learner) -> float:
     return float(rewards.mean())
 
 
+def explained_variance(values, returns, mask):
+    """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: how much a critic knows. All [B, T].
+
+    0 is no better than a constant, below 0 worse, 1 perfect (even true values stay below 1, as sampling is random).
+    Little if nearly all answers are right, and NaN if the returns do not vary."""
+    valid = mask.bool()
+    if not valid.any() or returns[valid].min() == returns[valid].max():
+        return float("nan")
+    return float(1 - (returns - values)[valid].var(unbiased=False) / returns[valid].var(unbiased=False))
+
+
 def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
     """An iteration's metrics. first_ratio_error and first_kl are of the first pass, and 0 but for rounding. kl and
     clip_fraction are of the last one, after utd - 1 of the utd steps. explained_variance is that of V_bar before the
@@ -1218,7 +1216,8 @@ def parse(argv: list[str] | None) -> RunConfig:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif get_origin(hints[f.name]) is Literal:
             kind = dict(choices=get_args(hints[f.name]))
-        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")  # a path may hold one
+        with_model = f", with --model {MODEL_DEFAULTS[f.name]}" if f.name in MODEL_DEFAULTS else ""
+        text = f"{comments[f.name]} (default: {f.default}{with_model})".replace("%", "%%")  # a path may hold one
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))  # only what was typed
     if empty := [key for key, value in given.items() if value == ""]:
