@@ -382,13 +382,9 @@ def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
 
 
 def test_each_critic_learns_from_its_own_shard(tiny, spy):
-    learner, shards, states = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], []
-
-    def started(learner, m, batch, shard, generator):
-        shards.append(shard.tolist())
-        states.append(generator.get_state())
-    spy("update_critic", started)
-    parts = []
+    learner, shards, states, parts = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], [], []
+    spy("update_critic", lambda learner, m, batch, shard, generator: shards.append(shard.tolist()))
+    spy("update_critic", lambda learner, m, batch, shard, generator: states.append(generator.get_state()))
     spy("microbatches", lambda batch, *_: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
     asyppo.train_step(learner, 1)
     assert len(parts) == 8 and parts[0] | parts[1] == parts[2] | parts[3], "two minibatches in every epoch"
@@ -396,13 +392,11 @@ def test_each_critic_learns_from_its_own_shard(tiny, spy):
     assert sorted(shards[0] + shards[1]) == list(range(16)), "no answer to two of them"
     assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
     assert torch.equal(*states), "all critics shuffle alike"
-    shards.clear()
     asyppo.train_step(learner_of(tiny, shared_data=True), 1)
-    assert shards == [list(range(16))] * 2
+    assert shards[2:] == [list(range(16))] * 2
 
 
 def test_gradients_are_those_of_whole_batches(tiny, spy):
-    """A critic's is that of all its own answers, the actor's that of all answers, however they are cut."""
     learner, found, shards = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60, critic_batch=100), [], []
     spy("update_critic", lambda l, m, batch, shard, generator: shards.append(shard))
     spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
@@ -442,7 +436,6 @@ def test_values_targets_and_advantages(tiny, changes):
     outcome = batch.rewards.sum(1, keepdim=True) * config.gamma ** left
     assert metrics["explained_variance"] == pytest.approx(
         asyppo.explained_variance(predicted, outcome, mask), abs=1e-4)
-    assert changes or torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
 
 
 def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
@@ -459,7 +452,6 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
         float(batch.truncated.sum()) / 16]), "padding does not count"
     assert [metrics["kl"], metrics["first_kl"]] == [passes[-1]["kl"], passes[0]["kl"]] and len(passes) == 4
     assert metrics["clip_fraction"] == passes[-1]["clip_fraction"] > 0.8, "so narrow a clip meets nearly every token"
-    assert metrics["explained_variance"] is None, "the critics predict before they learn only where a run looks"
     shares |= dict(mask_by="random", filter_by="random")
     noise, again, other = (asyppo.train_step(learner_of(tiny, seed=seed, **shares), 1)[0] for seed in (0, 0, 1))
     assert torch.equal(noise.values, batch.values) and torch.equal(noise.values, again.values)  # the masks alone differ
@@ -473,32 +465,28 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
 def test_gradients_are_clipped_and_never_stepped_when_not_finite():
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.detach().clone()
-    model.weight.grad = torch.tensor([[30.0, 40.0]])
-    asyppo.clip_and_step(model, optimizer)
-    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
-    assert model.weight.grad is None, "the next step would add to it"
     for gradient in (float("nan"), float("inf")):
         model.weight.grad = torch.tensor([[gradient, 0.0]])
         with pytest.raises(RuntimeError, match="non-finite"):
             asyppo.clip_and_step(model, optimizer)
-        assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+        assert torch.equal(before, model.weight)
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    asyppo.clip_and_step(model, optimizer)
+    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+    assert model.weight.grad is None, "the next step would add to it"
 
 
 def test_optimizer_steps_and_learning_rates(tiny, spy):
     steps = collections.Counter()
     spy("clip_and_step", lambda model, _: steps.update([model]))
     learner = learner_of(tiny, utd=3, critic_epochs=5, lr=1e-3, critic_lr=0.0, critic_head_lr=1e-2)
-    before = copy.deepcopy([learner.actor, *learner.critics])
+    before = copy.deepcopy(learner.critics)
     _, passes = asyppo.train_step(learner, 1)  # a shard has 8 answers, a minibatch 4: two steps an epoch
     assert [steps[model] for model in (learner.actor, *learner.critics)] == [3, 10, 10] and len(passes) == 3
-    assert not torch.equal(weights(learner.actor), weights(before[0]))
-    for old, new in zip(before[1:], learner.critics):
-        assert torch.equal(weights(old.backbone), weights(new.backbone))
-        assert not torch.equal(weights(old.head), weights(new.head))
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in learner.optimizers]
-    assert rates == [[1e-3], [0.0, 1e-2], [0.0, 1e-2]]
-    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
-               for optimizer in learner.optimizers for group in optimizer.param_groups)
+    assert not any(torch.equal(weights(old.head), weights(new.head)) for old, new in zip(before, learner.critics))
+    groups = [group for optimizer in learner.optimizers for group in optimizer.param_groups]
+    assert [group["lr"] for group in groups] == [1e-3, 0.0, 1e-2, 0.0, 1e-2]
+    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0) for group in groups)
 
 
 def test_warm_up_trains_critics_alone(tiny):
@@ -513,15 +501,13 @@ def test_warm_up_trains_critics_alone(tiny):
     assert asyppo.train_step(learner, 2)[1] and not torch.equal(weights(learner.actor), before[0])
 
 
-def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
+def test_first_pass_has_ratio_one_and_statistics_are_of_whole_passes(tiny):
     for changes in (dict(temperature=0.8), dict(utd=1), dict(lr=1e-2, micro_batch_tokens=60)):
         _, passes = asyppo.train_step(learner_of(tiny, **changes), 1)
         assert passes[0]["ratio_error"] < 1e-4 and passes[0]["kl"] < 1e-9
-    assert passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
     small, whole = (asyppo.train_step(learner_of(tiny, micro_batch_tokens=n), 1)[1][-1] for n in (60, 10**6))
-    assert small["kl"] == pytest.approx(whole["kl"], rel=1e-3), "a mean over tokens, however they are cut"
-    assert [small[key] for key in ("ratio_error", "clip_fraction")] == pytest.approx(
-        [whole[key] for key in ("ratio_error", "clip_fraction")], rel=1e-2), "the worst of all parts; again a mean"
+    for key, rounding in (("kl", 1e-3), ("clip_fraction", 1e-2), ("ratio_error", 1e-2)):
+        assert small[key] == pytest.approx(whole[key], rel=rounding), "means over tokens, and the worst of all parts"
 
 
 def test_grpo_gives_every_token_its_answers_advantage(tiny):
@@ -530,8 +516,7 @@ def test_grpo_gives_every_token_its_answers_advantage(tiny):
     assert len(passes) == 4, "without critics there is nothing to warm up"
     expected = asyppo.group_advantages(batch.rewards.sum(1), 4)
     assert torch.allclose(batch.advantages, expected[:, None] * batch.mask) and torch.equal(batch.adv_keep, batch.mask)
-    metrics = asyppo.measure(learner, batch, passes)
-    assert metrics["sigma_mean"] == 0 and metrics["explained_variance"] is None
+    assert not batch.sigma.any()
 
 
 @pytest.mark.parametrize("algo", ["asyppo", "grpo"])
@@ -567,7 +552,6 @@ def test_value_belongs_to_the_state_before_its_token(kind):
     critic = asyppo.MiniCritic(random_model(kind).base_model, generator=torch.Generator().manual_seed(0))
     batch = sampled(model, prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
     before = critic(batch)
-    assert before.shape == batch.mask.shape
     batch.tokens[:, batch.prompt_width + 2] = (batch.tokens[:, batch.prompt_width + 2] + 1) % VOCABULARY  # change o_2
     changed = (critic(batch) - before).abs() > 1e-7
     assert not changed[:, :3].any(), "V(s_2) must not know o_2"
@@ -591,9 +575,6 @@ def test_values_lie_in_the_range_of_the_reward(tiny, low, high):
     expected = low + (high - low) / (1 + torch.exp(-score)) if bounded else score
     assert torch.allclose(values.double()[valid], expected[valid], atol=1e-4)
     assert not bounded or (low <= values.min() < values.max() <= high and values[valid].std() > (high - low) / 10)
-    ours, theirs = (torch.autograd.grad(v[valid].square().sum(), critic.head.weight, retain_graph=True)[0]
-                    for v in (values, expected))
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4) and ours.abs().sum() > 0
 
 
 def test_each_critic_may_have_a_base_of_its_own(tiny, tmp_path, fails):
@@ -677,11 +658,13 @@ def test_embeddings_are_shared_and_frozen_if_asked(tiny):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_what_is_sampled_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
+def test_what_is_sampled_however_many_at_once_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
     model = random_model(kind)
     model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
-    batch = sampled(model, temperature=temperature)
+    batch, whole = (sampled(model, temperature=temperature, at_once=at_once) for at_once in (5, 256))
+    assert torch.equal(batch.tokens, whole.tokens) and torch.equal(batch.truncated, whole.truncated)
     assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
+    asyppo.check_model(model)
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
     assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
     for row in range(len(batch.tokens)):
@@ -705,7 +688,6 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
         assert ended != bool(batch.truncated[row]) and (ended or length == 10)
         seen |= {int(answers[row, length - 1])} & set(ENDS)
     assert seen == set(ENDS), "both end ids should have ended an answer here"
-    assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
     batch = sampled(random_model(), max_new_tokens=1)  # with an end token as the last that is allowed: not cut off
     assert batch.truncated.tolist() == [token not in ENDS for token in batch.tokens[:, -1].tolist()]
     assert 0 < batch.truncated.sum() < 12
@@ -732,16 +714,6 @@ def test_sampling_frequencies_are_the_softmax():
     assert expected.sort().values[:-3].sum() > 0.02, "with a tail, so that top-k sampling would be seen"
 
 
-def test_an_answer_does_not_depend_on_how_many_are_sampled_at_once():
-    model, prompts = random_model(), [[3, 4, 5], [6], [2, 9, 9, 8, 4]] * 3
-    batch, parts = (sampled(model, prompts, at_once=at_once) for at_once in (256, 4))
-    assert torch.equal(batch.tokens, parts.tokens) and torch.equal(batch.mask, parts.mask)
-    assert torch.equal(batch.truncated, parts.truncated) and 0 < batch.truncated.sum() < 9
-    assert all(torch.allclose(getattr(batch, x), getattr(parts, x), atol=1e-5) for x in ("logprobs", "entropy"))
-    assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
-    assert len({tuple(row) for row in batch.tokens.tolist()}) == 9, "each has random numbers of its own"
-
-
 def test_log_probs_come_in_chunks_and_no_full_logits_exist():
     model, shapes, found = random_model(), [], []
     batch = sampled(model)
@@ -758,28 +730,17 @@ def test_log_probs_come_in_chunks_and_no_full_logits_exist():
 
 def test_bodies_and_cache_are_bf16_and_heads_float32(monkeypatch):
     model, critic, seen = random_model(), asyppo.MiniCritic(random_model().base_model), []
-    real = model.base_model.forward
-
-    def forward(use_cache, **inputs):
-        output = real(use_cache=use_cache, **inputs)
-        if use_cache:
-            seen.extend(x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
-        return output
-    model.base_model.forward = forward
-    sampled(model)
-    assert set(seen) == {torch.float32}
-    seen.clear()
     monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    caching = model.base_model.register_forward_hook(lambda module, inputs, output: seen.extend(
+        x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values)))
     model.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     batch = sampled(model)
+    caching.remove()
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
     assert set(seen) == {torch.bfloat16} and len(seen) > 10
     with torch.autocast("cpu", torch.bfloat16):  # whoever calls
-        values = critic(batch)
-        for x in (logprobs, entropy, values, asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
+        for x in (logprobs, entropy, critic(batch), asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
             assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
-    (logprobs.sum() + entropy.sum() + values.sum()).backward()
-    assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *critic.parameters()])
 
 
 @pytest.mark.parametrize("native", [True, False])  # False: before Ampere, where torch says yes but emulates
@@ -1267,7 +1228,6 @@ def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
 @pytest.mark.parametrize("temperature, off", [("1", 0.002), ("0.1", 0.02)])
 def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, tmp_path, fails, monkeypatch, temperature, off):
     real, flags = asyppo.logprobs_and_entropy, ["--critic-warmup", "0", "--temperature", temperature]
-    monkeypatch.setattr(asyppo, "check_model", lambda *a: None)
     monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off for x in real(*a)))
     fails("scores its own samples differently", *flags)
     monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off / 4 for x in real(*a)))  # rounding
