@@ -889,7 +889,6 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
     plain, appending = byte_tokenizer(), byte_tokenizer()
     appending.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", plain.eos_token_id)])
-    assert appending("1+1=").input_ids[-1] == plain.eos_token_id
     for prompt in ("1+1=", CHAT, BEGUN):
         assert asyppo.encode(appending, prompt) == asyppo.encode(plain, prompt)
     assert asyppo.encode(plain, "1</s>")[-1] == plain.eos_token_id, "one that the prompt itself ends with stays"
@@ -901,8 +900,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
 
 def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, 0, None, -1], 1
-    assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 0, 1, tokenizer.eos_token_id})
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, 0, None, -1], 4
+    assert asyppo.end_ids(model, tokenizer) == [0, tokenizer.eos_token_id, 3, 4, 5]
     model, tokenizer = random_model(), byte_tokenizer()
     for template, more in [(CHATML, ["<|im_end|>"]),  # a base model's: its end token is </s>
                            ("{% for m in messages %}{{ m.content }}!{% endfor %}", []),  # "!" is no special token
@@ -977,7 +976,6 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     assert all(row["first_ratio_error"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["level"], config["lr"]) == ("1-shown", 1e-3)
-    assert config["critic_lr"] == asyppo.MODEL_DEFAULTS["critic_lr"] != asyppo.Config.critic_lr
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
     assert "chosen" not in capsys.readouterr().out, "the level is not chosen again"
     ends = AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor").generation_config.eos_token_id
@@ -986,16 +984,12 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
 
 @pytest.mark.parametrize("right, best, hopeless", [([32, 24, 16, 8, 1, 1], 2, False), ([32, 31, 1, 0], 2, True)])
 def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, hopeless):
-    levels, asked, graded = list(toy_task.LEVELS), [], []
+    levels, asked, rewards = list(toy_task.LEVELS), [], (float(i < n) for n in right for i in range(32))
 
     def problems(split, seed, level):
         asked.append(level)
         return FirstTokenTask.problems(split, seed)
-
-    def reward(response, example):
-        graded.append(asked[-1])
-        return float(graded.count(asked[-1]) <= right[len(asked) - 1])
-    task = types.SimpleNamespace(problems=problems, reward=reward, choose_level=toy_task.choose_level)
+    task = types.SimpleNamespace(problems=problems, reward=lambda *_: next(rewards), choose_level=toy_task.choose_level)
     assert learner_of(tiny, task).config.level == levels[best]
     assert asked == [*levels[:len(right)], levels[best], levels[best]], "it stops after two hopeless levels in a row"
     told = capsys.readouterr().out
@@ -1061,18 +1055,15 @@ def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
     ("def reward(response, example):\n    return 0.0\n", "task.py: AttributeError ... 'problems'"),
     (task_file(problems="['1+1=']"), "must return a datasets.Dataset"),
     (task_file(problems="Dataset.from_dict({'question': ['1'] * 8})"), "'prompt'"),
-    (task_file(problems="open('no/such/file')"), "FileNotFoundError"),
     (task_file("[[3]] * 3"), "3 rows, but 4 are needed"), (task_file("['1', ''] * 4"), "of row 1"),
     (task_file("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
     (task_file("[[3], [99999]] * 4"), "of row 1"), (task_file("[[3], [-1]] * 4"), "of row 1"),
     (task_file("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
     (task_file(reward="float('nan')"), "it returned nan, no number from"),
     (task_file(reward="-0.5"), "it returned -0.5, no number from --reward-min 0.0 to --reward-max 1.0"),
-    (task_file(reward="1 / 0"), "ZeroDivisionError"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
-    ("class Timeout(BaseException): pass\ndef late():\n    raise Timeout('slow')\n" + task_file(reward="late()"),
-     "reward() failed for {'prompt': [3, 4]}: Timeout: slow"),
+    (task_file(reward="exec('raise GeneratorExit')"), "GeneratorExit"),  # a verifier's timeout may be no Exception
     (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError")])
 def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
     (tmp_path / "task.py").write_text(text)
@@ -1096,18 +1087,15 @@ def test_tasks_that_work(tiny, tmp_path, monkeypatch):
     assert [rows_of(tmp_path / "run")[step][key] for step, key in ((2, "x"), (4, "y"))] == [1, 2]
 
 
-def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_cache(tiny, tmp_path):
+def test_two_task_files_never_share_a_cache_and_each_row_is_read_once(tiny, tmp_path):
     seen = []
     for word in ("3+4", "5*6"):
         path = tmp_path / f"{len(seen)}.py"
-        path.write_text(f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n" + task_file(
-            problems="Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
-            "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})"))
-        seen.append(learner_of(tiny, asyppo.load_task(str(path))).train_problems)
-    assert [problems[0][1]["prompt"] for problems in seen] == ["3+4 =", "5*6 ="]
-    assert len(seen[0][0][0]) == 2 and seen[0][0][0] != seen[1][0][0]
-    count = itertools.count()
-    drawing = datasets.Dataset.from_dict({"x": [0] * 8}).with_transform(lambda _: {"prompt": [[3 + next(count) % 9]]})
+        path.write_text(f"def rows():\n    yield {{'prompt': '{word}'}}\n" + task_file(
+            problems="Dataset.from_generator(rows)"))
+        seen.append(asyppo.load_task(str(path)).problems("train", 0)[0]["prompt"])
+    assert seen == ["3+4", "5*6"]
+    drawing = datasets.Dataset.from_dict({"x": [0] * 8}).with_transform(lambda _: {"prompt": [[random.randint(3, 9)]]})
     read = asyppo.load_problems(learner_of(tiny), types.SimpleNamespace(problems=lambda *_: drawing), "train", 4, "")
     assert all(ids == row["prompt"] for ids, row in read), "what was drawn anew at every access is read once"
 
