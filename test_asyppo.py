@@ -17,7 +17,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from unittest import mock
@@ -55,7 +54,8 @@ def spy(monkeypatch):
 def fails(tiny, tmp_path, capsys):
     """fails(text, *flags): this command line ends with code 2 and one line that holds the text ("a ... b": both)."""
     def check(said, *flags, out=None):
-        assert asyppo.main(arguments(tiny, out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}", *flags)) == 2
+        anew = arguments(tiny, out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}", *flags)
+        assert asyppo.main(list(flags) if "--resume" in flags else anew) == 2
         *bars, line = capsys.readouterr().err.strip("\n").split("\n")
         assert line.startswith("asyppo: ") and all(part in line for part in said.split(" ... ")), line
         assert all("it/s" in bar for bar in bars), bars
@@ -744,9 +744,8 @@ def test_what_runs_at_once_fits_into_the_free_memory(tiny, monkeypatch):
 
 def three_algorithms(tiny):
     found = {}
-    for algo in ("asyppo", "grpo", "ppo"):
-        learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
-                             **asyppo.PRESETS[algo] | {"critic_model": str(tiny / "critic")})
+    for algo in ("asyppo", "grpo", "naive"):
+        learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1, **asyppo.PRESETS[algo])
         rows = [asyppo.measure(learner, *asyppo.train_step(learner, step)) for step in (1, 2, 3)]
         rows.append({"eval_accuracy": asyppo.evaluate(learner)})
         found[algo] = rows, [weights(model) for model in (learner.actor, *learner.critics)]
@@ -786,16 +785,12 @@ def two_processes(tiny, tmp_path_factory):
     return folder
 
 
-def alike(found, wanted):
-    return found == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
-
-
 def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
     (first, a), (second, b) = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "critics may differ, not masks"
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
-            assert alike(rows, wanted)
+            assert rows == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
             assert all(torch.allclose(a, b, atol=5e-5) for a, b in zip(found, alone, strict=True))  # Adam: rounding
         assert all(map(torch.equal, first[algo][1], second[algo][1])), "ranks drift apart"
 
@@ -804,7 +799,8 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
     out = two_processes / "run"
     assert rows_of(out)[-1]["step"] == 4
     assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == 4, "the one of step 3 stands"
-    assert asyppo.main(["--resume", str(out)]) == 0 and alike(rows_of(out), rows_of(unstopped))
+    assert asyppo.main(["--resume", str(out)]) == 0
+    assert rows_of(out) == [pytest.approx(row, abs=1e-5) for row in rows_of(unstopped)]
 
 
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
@@ -813,17 +809,12 @@ def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     with pytest.raises(asyppo.UserError, match="gives every process other rows"):
         asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
-    counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
-    assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
-    for first in (3, 5):
-        asyppo.load_problems(learner, task_with([[first], [4]]), "train", 1, "")
-    assert digests.pop() != digests.pop(), "of every row"
     silent = type("Silent", (), {"__repr__": lambda self: 1 / 0})()  # whole rows may be large: never written out
-    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [silent] * len(x["prompt"])})
-    task = types.SimpleNamespace(problems=lambda *_: rows)
-    learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
+    rows = datasets.Dataset.from_dict({"prompt": [[3], [4]] * 2}).with_transform(lambda x: x | {"x": [silent]})
+    for task in (task_with([[3], [4]] * 2), task_with([[5], [4]] * 2), types.SimpleNamespace(problems=lambda *_: rows)):
+        learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
     asyppo.train_step(learner, 1)
-    assert digests[2] == digests[0], "of what training uses, token ids"
+    assert digests[0] == digests[2] != digests[1], "of every row, of what training uses: token ids"
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
@@ -1118,47 +1109,39 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     assert re.findall(r"warning: (.*) held-out prompts are also in the tr", capsys.readouterr().out) == ["11 of 21"]
 
 
-METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
-first_ratio_error explained_variance masked_share filtered_share seconds_rollout seconds_critic seconds_actor""".split()
-
-
 @pytest.fixture(scope="module")
 def run_of(tiny, tmp_path_factory):
-    """run_of(algo): the directory of a run with pictures, and its learner. Not to be changed."""
+    """run_of(algo, *flags): the directory of a run with pictures. Not to be changed."""
     (tiny / "drawing.py").write_text((tiny / "task.py").read_text() + "from toy_task import draw\n")
 
     @functools.cache
-    def run(algo):
-        out, real, kept = tmp_path_factory.mktemp(algo) / "run", asyppo.save_models, []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(asyppo, "save_models", lambda learner, *rest: (kept.append(learner), real(learner, *rest)))
-            assert asyppo.main(arguments(tiny, out, "--algo", algo, "--task", str(tiny / "drawing.py"))) == 0
-        return out, kept[0]
+    def run(algo, *flags):
+        out = tmp_path_factory.mktemp(algo) / "run"
+        assert asyppo.main(arguments(tiny, out, "--algo", algo, "--task", str(tiny / "drawing.py"), *flags)) == 0
+        return out
     return run
 
 
 @pytest.mark.parametrize("algo, critics", [("asyppo", 2), ("ppo", 1), ("naive", 1), ("grpo", 0)])
 def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
-    out, learner = run_of(algo)
+    out = run_of(algo)
     fails("already holds a run; go on with it (--resume", out=out)
     saved = json.loads((out / "config.json").read_text())  # nothing was lost, and another GPU may hold more
     assert (saved["algo"], saved["micro_batch_tokens"], saved["sample_batch"]) == (algo, 0, 0)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(set(METRICS) <= set(row) for row in rows[1:])
-    assert [row["eval_accuracy"] is None for row in rows] == [False, True, False, False]
+    assert [row["step"] for row in rows if row["eval_accuracy"] is not None] == [0, 2, 3] and len(rows) == 4
     assert (rows[3]["explained_variance"] is None) == (critics == 0 or rows[3]["reward"] in (0, 1))
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("curves", "tokens"))
     assert not list(out.rglob("*.bin")) and [path.name for path in out.rglob("*.pt")] == ["checkpoint.pt"]
-    assert load_file(out / "last_batch.safetensors")["mask"].shape[0] == 16
     actor = AutoModelForCausalLM.from_pretrained(out / "actor")
-    assert torch.equal(weights(actor), weights(learner.actor)), "the trained weights are saved"
-    assert not torch.equal(weights(actor), weights(AutoModelForCausalLM.from_pretrained(tiny / "actor")))
+    trained = torch.load(out / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(x, trained[0][name]) for name, x in actor.state_dict().items())
     assert AutoTokenizer.from_pretrained(out / "actor")("1").input_ids
     folders = sorted(folder.name for folder in out.glob("critic_*"))
     assert folders == [f"critic_{m}" for m in range(1, critics + 1)]
-    for folder, trained in zip(folders, learner.critics):
+    for folder, state in zip(folders, trained[1:]):
         again = learner_of(tiny, critic_model=str(out / folder), critics=1).critics[0]  # others can start from it
-        assert torch.equal(weights(again), weights(trained)) and again.head.weight.abs().sum() > 0
+        assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
         assert again.backbone.config.hidden_size == (32 if algo == "ppo" else 16)
 
 
@@ -1171,26 +1154,23 @@ def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, tmp_path,
     assert asyppo.main(arguments(tiny, tmp_path / "ends", *flags)) == 0
 
 
-def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
+def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch, spy):
     out = tmp_path / "run"
     out.mkdir()
     with FileLock(out / "lock"), monkeypatch.context() as patch:
         patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
         fails("lock' could not be acquired", out=out)
     monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
-    real = asyppo.make_learner  # by now the run has begun, and holds the lock
-    monkeypatch.setattr(asyppo, "make_learner", lambda *a: (fails("could not be acquired", out=out), real(*a))[1])
+    spy("make_learner", lambda *_: fails("could not be acquired", out=out))  # by now the run has begun
     assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
 
 LONGER = ["--steps", "8", "--checkpoint-every", "3", "--critic-warmup", "2"]
 
 
-@pytest.fixture(scope="module")
-def unstopped(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unstopped") / "run"
-    assert asyppo.main(arguments(tiny, out, *LONGER)) == 0
-    return out
+@pytest.fixture()
+def unstopped(run_of):
+    return run_of("asyppo", *LONGER)
 
 
 def same_result(out, unstopped):
@@ -1199,55 +1179,32 @@ def same_result(out, unstopped):
     return ours == theirs and rows_of(out) == rows_of(unstopped)
 
 
-def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < 6:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
-    process.kill()  # after step 5, between two checkpoints
-    process.wait()
-    assert not (out / "actor").exists(), "it had come to its end"
-    assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
-
-
-@pytest.mark.parametrize("step, code", [(2, 130), (5, 130), (6, 2), (9, 130)])  # ctrl-C; a full disk; the last one
-def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code):
-    out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
-
-    def interrupted(learner, now, *rest):
-        if now == step and code == 130:
-            raise KeyboardInterrupt
-        return train_step(learner, now, *rest)
-
-    def full_disk(state, path):
-        if code == 2 and state["rows"][-1]["step"] == step:
-            Path(path).write_bytes(b"half of")
-            raise OSError(28, "No space left on device")
-        save(state, path)
+@pytest.mark.parametrize("file, nth, code", [
+    ("metrics.jsonl", 3, 130), ("metrics.jsonl", 6, 130), ("checkpoint.pt", 3, 130),  # ctrl-C, when it is written
+    ("checkpoint.pt", 2, 2)])  # a full disk
+def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, tmp_path, capsys, file, nth, code):
+    out, replace, written = tmp_path / "run", os.replace, []
 
     def replaced(source, path):
+        written.append(path.name)
+        now = path.name == file and written.count(file) == nth
+        if now and code == 2:
+            source.write_bytes(b"half of")
+            raise OSError(28, "No space left on device")
         replace(source, path)
-        if step == 9 and path.name == "checkpoint.pt" and len(rows_of(out)) == step:
+        if now:
             raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replaced)
-        patch.setattr(asyppo, "train_step", interrupted)
-        patch.setattr(torch, "save", full_disk)
+    with mock.patch.object(os, "replace", replaced):
         assert asyppo.main(arguments(tiny, out, *LONGER)) == code
     told = capsys.readouterr().err
     assert "goes on from its last checkpoint with --resume" in told and "Traceback" not in told
     assert ("No space left" in told) == (code == 2) and not (out / "actor").exists()
-    drawing = ["--task", str(tiny / "drawing.py")] * (step == 9)
-    assert asyppo.main(["--resume", str(out), *drawing]) == 0 and same_result(out, unstopped)
-    assert (out / "tokens.png").exists() == (step == 9)
+    assert asyppo.main(["--resume", str(out), "--task", str(tiny / "drawing.py")]) == 0 and same_result(out, unstopped)
 
 
-def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
+def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, fails):
     out = tmp_path / "run"
     assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4", "--checkpoint-every", "0")) == 0
-    assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
     for row in rows_of(unstopped)[1:]:  # the critics predict in the warm-up and where a run evaluates
@@ -1256,10 +1213,9 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert float(batch["mask"].sum(1).mean()) == tokens != rows_of(unstopped)[3]["response_length"], "the last"
     with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), summed=lambda x: 2 * x, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
-    for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
-                        ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
-                         "leave out seed, max_new_tokens, temperature, critic_warmup")]:
-        assert asyppo.main(["--resume", str(out), *flags.split()]) == 2 and said in capsys.readouterr().err
+    changed = "--lr 0.1 --no-whiten --out elsewhere --seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0"
+    fails("leave out lr, whiten, out, seed, max_new_tokens, temperature, critic_warmup",
+          "--resume", str(out), *changed.split())
     assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "1e-3"]) == 0  # the run's own lr
     assert same_result(out, unstopped) and rows_of(out)[:5] == before
 
@@ -1269,15 +1225,12 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     (lambda path, other: shutil.copy(other, path), "is damaged, or not of this run's models"),
     (lambda path, other: torch.save({"rows": [object()]}, path), "is damaged"),  # pickled code is never run
     (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags")])
-def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, capsys, harm, said):
-    out, other = tmp_path / "run", run_of("naive")[0]
+def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, fails, harm, said):
+    out, other = tmp_path / "run", run_of("naive")
     shutil.copytree(unstopped, out)
     harm(out / "checkpoint.pt", other / "checkpoint.pt")
-    capsys.readouterr()
-    metrics = (out / "metrics.jsonl").read_text()
-    assert asyppo.main(["--resume", str(out), "--steps", "9"]) == 2
-    told = capsys.readouterr().err
-    assert said in told and told.count("\n") == 1 and (out / "metrics.jsonl").read_text() == metrics
+    fails(said, "--resume", str(out), "--steps", "9")
+    assert rows_of(out) == rows_of(unstopped)
 
 
 # -------------------------------------------------------------------------------------------------- 9 Command line
@@ -1613,7 +1566,7 @@ def as_reader(tmp_path, monkeypatch, run_of):
         if kind == "python" and (name := re.match(r"# (\w+\.py)\n", text)):
             Path(name[1]).write_text(text)
     Path("my_problems.jsonl").write_text("\ufeff" + '{"prompt": "1 2", "answer": "2020-01-02"}\n \n' * 8, "utf-8")
-    shutil.copytree(run_of("asyppo")[0], "runs/asyppo-0")
+    shutil.copytree(run_of("asyppo"), "runs/asyppo-0")
     random_model("llama", vocabulary=272).save_pretrained("llm")
     byte_tokenizer(template=CHATML).save_pretrained("llm")
 
