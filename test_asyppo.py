@@ -10,14 +10,12 @@ import math
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from unittest import mock
@@ -27,18 +25,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # models this sma
 import datasets
 import pytest
 import torch
-import transformers
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig,
-                          PreTrainedTokenizerFast, Qwen3Config)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import asyppo
 import toy_task
-from figures import experiment, pictures
+from figures import experiment, real_model
 
 HERE = Path(__file__).parent
 VOCABULARY = 20
@@ -58,7 +53,8 @@ def spy(monkeypatch):
 def fails(tiny, tmp_path, capsys):
     """fails(text, *flags): this command line ends with code 2 and one line that holds the text ("a ... b": both)."""
     def check(said, *flags, out=None):
-        assert asyppo.main(arguments(tiny, out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}", *flags)) == 2
+        anew = arguments(tiny, out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}", *flags)
+        assert asyppo.main(list(flags) if "--resume" in flags else anew) == 2
         *bars, line = capsys.readouterr().err.strip("\n").split("\n")
         assert line.startswith("asyppo: ") and all(part in line for part in said.split(" ... ")), line
         assert all("it/s" in bar for bar in bars), bars
@@ -116,22 +112,20 @@ def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-LLAMA = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
              max_position_embeddings=1024)
-KINDS = {"qwen3": (Qwen3Config, LLAMA | dict(num_key_value_heads=1, head_dim=8)), "llama": (LlamaConfig, LLAMA),
-         "gpt2": (GPT2Config, dict(n_embd=16, n_layer=2, n_head=2, n_positions=1024)),  # learned positions
-         "opt": (OPTConfig, LLAMA | dict(ffn_dim=32, word_embed_proj_dim=16)),  # again, shifted
-         "gpt_neox": (GPTNeoXConfig, LLAMA),
-         "gemma3": (Gemma3TextConfig, LLAMA | dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=1,
-                                                   sliding_window=4))}
+HEADS = dict(num_key_value_heads=1, head_dim=8)
+KINDS = {"qwen3": HEADS, "llama": {}, "gpt_neox": {}, "gpt2": {},  # the last has learned positions
+         "opt": dict(ffn_dim=32, word_embed_proj_dim=16),  # again, shifted
+         "gemma3_text": HEADS | dict(num_hidden_layers=4, sliding_window=4)}
 
 
-def random_model(kind="qwen3", vocabulary=VOCABULARY):
+def random_model(kind="qwen3", vocabulary=VOCABULARY, **more):
     """A tiny random language model with logits that differ enough for its distributions to be far from uniform."""
-    make, sizes = KINDS[kind] if isinstance(kind, str) else kind
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        make(vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes))
+    sizes = SIZES | KINDS.get(kind, {}) | more
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=vocabulary, bos_token_id=None, eos_token_id=1, pad_token_id=0, **sizes))
     for parameter in model.parameters():
         parameter.data.mul_(8 if parameter.ndim == 2 else 1)
     return model.eval()
@@ -143,16 +137,13 @@ def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=END
     return asyppo.generate(model, prompts, uniform, temperature, list(end_ids), at_once)
 
 
-def ragged(B=6, T=9, seed=0):
-    """A mask of answers of different lengths, one of them full and one of a single token; and a generator."""
+def ragged(seed=0):
+    """A mask [6, 9] of answers of many lengths, one of 9 tokens, one of 1; and draw() -> random numbers [6, 9]."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, T + 1, (B,), generator=generator)
-    lengths[0], lengths[1] = T, 1
-    return (torch.arange(T) < lengths[:, None]).double(), generator
-
-
-def randn(*shape, generator):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 10, (6,), generator=generator)
+    lengths[:2] = torch.tensor([9, 1])
+    mask = (torch.arange(9) < lengths[:, None]).double()
+    return mask, lambda: torch.randn(6, 9, generator=generator, dtype=torch.float64)
 
 
 def with_nan_padding(x, mask):
@@ -172,8 +163,7 @@ def test_shards_are_disjoint_even_random_and_see_every_prompt(prompts, group, cr
     assert owner.shape == (prompts * group,) and owner.dtype == torch.long
     counts = torch.stack([torch.bincount(row, minlength=critics) for row in owner.view(prompts, group)])
     assert counts.min() >= group // critics and counts.max() <= -(-group // critics)
-    totals = counts.sum(0)
-    assert totals.max() - totals.min() <= 1, "the odd answers should go round"
+    assert counts.sum(0).max() - counts.sum(0).min() <= 1, "the odd answers should go round"
     draws = [asyppo.assign_shards(8, 8, 2, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert len(torch.tensor(draws[0]).view(8, 8).unique(dim=0)) > 4, "every prompt is dealt out anew"
@@ -183,30 +173,23 @@ def test_shards_are_disjoint_even_random_and_see_every_prompt(prompts, group, cr
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0), (1.0, 0.0), (0.0, 0.5)])
 def test_gae_is_the_double_sum(gamma, lam):
-    mask, generator = ragged()
-    rewards, values = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
+    mask, draw = ragged()
+    mask[0] = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1, 0])  # left padding and holes
+    rewards, values = draw(), draw()
     advantages, returns = asyppo.gae(with_nan_padding(rewards, mask), with_nan_padding(values, mask), mask, gamma, lam)
-    for b, length in enumerate(mask.sum(1).int().tolist()):
-        r, v = rewards[b].tolist(), [*values[b, :length].tolist(), 0.0]
+    assert (advantages[mask == 0] == 0).all() and (returns[mask == 0] == 0).all()
+    for b, valid in enumerate(mask.bool()):
+        r, v = rewards[b, valid].tolist(), [*values[b, valid].tolist(), 0.0]
+        length = len(r)
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
         expected = [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, length)) for t in range(length)]
-        padding = [0.0] * (9 - length)
-        assert advantages[b].tolist() == pytest.approx(expected + padding, abs=1e-12)
-        assert returns[b].tolist() == pytest.approx([a + x for a, x in zip(expected, v)] + padding, abs=1e-12)
-
-
-def test_gae_passes_over_holes_and_left_padding():
-    rewards, values = randn(2, 1, 4, generator=ragged()[1])
-    dense, _ = asyppo.gae(rewards, values, torch.ones(1, 4), 0.9, 0.7)
-    where = torch.tensor([[0, 1, 0, 1, 1, 0, 1, 0]]).bool()
-    spread = [torch.full((1, 8), float("nan"), dtype=torch.float64).masked_scatter(where, x) for x in (rewards, values)]
-    holed, _ = asyppo.gae(*spread, where.float(), 0.9, 0.7)
-    assert torch.allclose(holed[where], dense[0]) and (holed[~where] == 0).all()
+        assert advantages[b, valid].tolist() == pytest.approx(expected, abs=1e-12)
+        assert returns[b, valid].tolist() == pytest.approx([a + x for a, x in zip(expected, v)], abs=1e-12)
 
 
 def test_whiten():
-    mask, generator = ragged()
-    x = 5 + 3 * randn(6, 9, generator=generator)
+    mask, draw = ragged()
+    x = 5 + 3 * draw()
     white, valid = asyppo.whiten(with_nan_padding(x, mask), mask), x[mask.bool()].tolist()
     mean, std = statistics.fmean(valid), statistics.pstdev(valid)
     assert white[mask.bool()].tolist() == pytest.approx([(v - mean) / std for v in valid], abs=1e-6)
@@ -225,19 +208,19 @@ def test_group_advantages():
 
 
 def test_disagreement_is_the_population_std():
-    values = randn(3, 2, 4, generator=ragged()[1])
+    _, draw = ragged()
+    values = torch.stack([draw(), draw(), draw()])
     sigma = asyppo.disagreement(values)
-    for b, t in itertools.product(range(2), range(4)):
+    for b, t in itertools.product(range(6), range(9)):
         assert float(sigma[b, t]) == pytest.approx(statistics.pstdev(values[:, b, t].tolist()))
     assert (asyppo.disagreement(values[:1]) == 0).all(), "one critic: 0, not NaN"
-    assert torch.allclose(asyppo.disagreement(values[:2]), (values[0] - values[1]).abs() / 2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("function, highest", [(asyppo.advantage_mask, False), (asyppo.entropy_filter, True)])
 def test_masks_take_exactly_their_share_from_the_right_end(function, highest, share):
-    mask, generator = ragged()
-    sigma = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    mask, draw = ragged()
+    sigma = draw()
     padded = sigma.masked_fill(mask == 0, 9.0 if highest else -9.0)  # padding must not be counted among the extremes
     keep = function(padded, mask, share)
     places = sorted(((float(sigma[b, t]), b, t) for b in range(6) for t in range(9) if mask[b, t]), reverse=highest)
@@ -264,12 +247,9 @@ def test_masks_with_ties_without_spread_and_without_tokens(function):
 
 
 def loss_inputs(seed=0):
-    mask, generator = ragged(seed=seed)
-    logprobs, old = -randn(6, 9, generator=generator).abs(), -randn(6, 9, generator=generator).abs()
-    keep = [(torch.rand(6, 9, generator=generator) < 0.7).double() * mask for _ in range(2)]
-    return dict(logprobs=logprobs, old_logprobs=old, advantages=randn(6, 9, generator=generator),
-                entropy=randn(6, 9, generator=generator).abs(), mask=mask, adv_keep=keep[0], ent_keep=keep[1],
-                clip=0.2, beta=0.3)
+    mask, draw = ragged(seed)
+    return dict(logprobs=-draw().abs(), old_logprobs=-draw().abs(), advantages=draw(), entropy=draw().abs(), mask=mask,
+                adv_keep=(draw() < 0.5) * mask, ent_keep=(draw() < 0.5) * mask, clip=0.2, beta=0.3)
 
 
 def loss_by_hand(i):
@@ -279,9 +259,8 @@ def loss_by_hand(i):
         length, answer = int(i["mask"][b].sum()), 0.0
         for t in range(length):
             ratio, advantage = torch.exp(i["logprobs"][b, t] - i["old_logprobs"][b, t]), i["advantages"][b, t].item()
-            value = float(ratio.detach())
-            clipped = min(max(value, 1 - i["clip"]), 1 + i["clip"])
-            surrogate = ratio * advantage if value * advantage <= clipped * advantage else clipped * advantage
+            clipped = min(max(ratio, 1 - i["clip"]), 1 + i["clip"])
+            surrogate = min(ratio * advantage, clipped * advantage)
             answer = answer + i["adv_keep"][b, t] * surrogate + i["beta"] * i["ent_keep"][b, t] * i["entropy"][b, t]
         total = total + (answer / length if length else 0.0)
     return -total / len(i["mask"])
@@ -300,8 +279,6 @@ def test_policy_loss_its_gradient_and_its_statistics(seed):
             assert i["old_logprobs"].grad is None and i["advantages"].grad is None, "constants"
     for ours, expected in zip(*found):
         assert torch.allclose(ours, expected, atol=1e-12) and ours.abs().sum() > 0
-    assert (found[0][1][inputs["mask"] == 0] == 0).all()
-    assert all(float(x) == 0 for x in asyppo.policy_loss(**inputs | {"old_logprobs": inputs["logprobs"]})[1].values())
     stats = asyppo.policy_loss(**inputs)[1]
     log_ratio = (inputs["logprobs"] - inputs["old_logprobs"])[inputs["mask"].bool()].tolist()
     changes = [abs(math.exp(x) - 1) for x in log_ratio]
@@ -314,17 +291,14 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
     inputs = loss_inputs()
     clean = asyppo.policy_loss(**inputs)[0]
     for junk in (float("nan"), float("inf"), -float("inf"), 1e30):
-        dirty = {k: v.masked_fill(inputs["mask"] == 0, junk) if k in (
-            "logprobs", "old_logprobs", "advantages", "entropy") else v for k, v in inputs.items()}
+        dirty = {key: inputs[key].masked_fill(inputs["mask"] == 0, junk)
+                 for key in ("logprobs", "old_logprobs", "advantages")}
+        dirty["entropy"] = inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, junk)  # also what is filtered
         leaves = [dirty[k].requires_grad_() for k in ("logprobs", "entropy")]
-        loss, stats = asyppo.policy_loss(**dirty)
+        loss, stats = asyppo.policy_loss(**inputs | dirty)
         loss.backward()
         assert loss.item() == pytest.approx(clean.item()) and all(leaf.grad.isfinite().all() for leaf in leaves)
         assert all(math.isfinite(float(v)) for v in stats.values())
-    filtered = inputs | {"entropy": inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, math.inf).requires_grad_()}
-    loss = asyppo.policy_loss(**filtered)[0]
-    loss.backward()
-    assert loss.item() == pytest.approx(clean.item()) and filtered["entropy"].grad.isfinite().all()
     for old in (-800.0, 800.0, math.inf):  # a ratio that overflows, or a token that by now is impossible
         far = {**inputs, "logprobs": inputs["logprobs"].clone().requires_grad_(),
                "old_logprobs": torch.full_like(inputs["logprobs"], old), "advantages": inputs["adv_keep"] * 1.0}
@@ -341,18 +315,16 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
 
 
 def test_critic_loss_and_explained_variance():
-    mask, generator = ragged()
-    values, returns = randn(6, 9, generator=generator), randn(6, 9, generator=generator)
+    mask, draw = ragged()
+    values, returns = draw(), draw()
     v, r = values[mask.bool()].tolist(), returns[mask.bool()].tolist()
     leaves = [with_nan_padding(x, mask).requires_grad_() for x in (values, returns)]
     loss = asyppo.critic_loss(*leaves, mask)
     assert loss.item() == pytest.approx(statistics.fmean((a - b) ** 2 for a, b in zip(v, r)))
     loss.backward()
     assert leaves[0].grad.isfinite().all() and leaves[1].grad is None
-    assert float(asyppo.critic_loss(values, returns, torch.zeros(6, 9))) == 0
     assert asyppo.explained_variance(values, returns, mask) == pytest.approx(
         1 - statistics.pvariance([b - a for a, b in zip(v, r)]) / statistics.pvariance(r))
-    assert asyppo.explained_variance(returns, returns, mask) == 1
     assert math.isnan(asyppo.explained_variance(values, torch.full((6, 9), 0.7), mask))
 
 
@@ -363,12 +335,10 @@ def test_half_precision_masks_count_right_and_half_precision_values_add_up_right
     (policy + critic).backward()  # e^13.5 and 270^2 are beyond float16
     assert [policy.item(), critic.item()] == pytest.approx([(0.01 * math.exp(13.5) - 1.2) / 2, 270 ** 2], rel=1e-3)
     assert far.grad[0].tolist() == pytest.approx([5400, 5400 + 0.005 * math.exp(13.5)], rel=1e-3)
-    x, mask = torch.rand(3, 30000), torch.ones(3, 30000)
-    assert torch.allclose(asyppo.critic_loss(x, x + 1, mask.half()), torch.tensor(1.0))
     x, mask = torch.rand(2, 257), torch.ones(2, 257)
     for dtype in (torch.bfloat16, torch.bool, torch.long):
         kept = [asyppo.policy_loss(x, x, x, x, m, mask, mask, 0.2, 0.1)[0] for m in (mask, mask.to(dtype))]
-        assert torch.allclose(*kept)
+        assert torch.allclose(*kept) and torch.allclose(asyppo.critic_loss(x, x + 1, mask.to(dtype)), torch.tensor(1.0))
     values, rewards = torch.rand(1, 2000).bfloat16(), torch.zeros(1, 2000)
     rewards[0, -1] = 1
     assert torch.allclose(asyppo.gae(rewards, values, torch.ones(1, 2000), 1.0, 1.0)[1], torch.ones(1, 2000), atol=1e-3)
@@ -406,13 +376,9 @@ def test_answers_to_one_prompt_stand_side_by_side_each_with_its_reward(tiny):
 
 
 def test_each_critic_learns_from_its_own_shard(tiny, spy):
-    learner, shards, states = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], []
-
-    def started(learner, m, batch, shard, generator):
-        shards.append(shard.tolist())
-        states.append(generator.get_state())
-    spy("update_critic", started)
-    parts = []
+    learner, shards, states, parts = learner_of(tiny, micro_batch_tokens=60, critic_epochs=2), [], [], []
+    spy("update_critic", lambda learner, m, batch, shard, generator: shards.append(shard.tolist()))
+    spy("update_critic", lambda learner, m, batch, shard, generator: states.append(generator.get_state()))
     spy("microbatches", lambda batch, *_: len(batch.mask) == 4 and parts.append(set(batch.logprobs[:, 0].tolist())))
     asyppo.train_step(learner, 1)
     assert len(parts) == 8 and parts[0] | parts[1] == parts[2] | parts[3], "two minibatches in every epoch"
@@ -420,13 +386,11 @@ def test_each_critic_learns_from_its_own_shard(tiny, spy):
     assert sorted(shards[0] + shards[1]) == list(range(16)), "no answer to two of them"
     assert all(len([row for row in shards[m] if row // 4 == p]) == 2 for m in (0, 1) for p in range(4))
     assert torch.equal(*states), "all critics shuffle alike"
-    shards.clear()
     asyppo.train_step(learner_of(tiny, shared_data=True), 1)
-    assert shards == [list(range(16))] * 2
+    assert shards[2:] == [list(range(16))] * 2
 
 
 def test_gradients_are_those_of_whole_batches(tiny, spy):
-    """A critic's is that of all its own answers, the actor's that of all answers, however they are cut."""
     learner, found, shards = learner_of(tiny, utd=1, entropy_coef=0.1, micro_batch_tokens=60, critic_batch=100), [], []
     spy("update_critic", lambda l, m, batch, shard, generator: shards.append(shard))
     spy("clip_and_step", lambda model, _: found.append([p.grad.clone() for p in model.parameters()]))
@@ -466,7 +430,6 @@ def test_values_targets_and_advantages(tiny, changes):
     outcome = batch.rewards.sum(1, keepdim=True) * config.gamma ** left
     assert metrics["explained_variance"] == pytest.approx(
         asyppo.explained_variance(predicted, outcome, mask), abs=1e-4)
-    assert changes or torch.allclose(target, batch.rewards.sum(1, keepdim=True) * mask, atol=1e-5), "Monte-Carlo"
 
 
 def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
@@ -483,7 +446,6 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
         float(batch.truncated.sum()) / 16]), "padding does not count"
     assert [metrics["kl"], metrics["first_kl"]] == [passes[-1]["kl"], passes[0]["kl"]] and len(passes) == 4
     assert metrics["clip_fraction"] == passes[-1]["clip_fraction"] > 0.8, "so narrow a clip meets nearly every token"
-    assert metrics["explained_variance"] is None, "the critics predict before they learn only where a run looks"
     shares |= dict(mask_by="random", filter_by="random")
     noise, again, other = (asyppo.train_step(learner_of(tiny, seed=seed, **shares), 1)[0] for seed in (0, 0, 1))
     assert torch.equal(noise.values, batch.values) and torch.equal(noise.values, again.values)  # the masks alone differ
@@ -497,32 +459,28 @@ def test_masks_rank_the_whole_batch_by_the_signal_that_is_asked_for(tiny):
 def test_gradients_are_clipped_and_never_stepped_when_not_finite():
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.detach().clone()
-    model.weight.grad = torch.tensor([[30.0, 40.0]])
-    asyppo.clip_and_step(model, optimizer)
-    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
-    assert model.weight.grad is None, "the next step would add to it"
     for gradient in (float("nan"), float("inf")):
         model.weight.grad = torch.tensor([[gradient, 0.0]])
         with pytest.raises(RuntimeError, match="non-finite"):
             asyppo.clip_and_step(model, optimizer)
-        assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+        assert torch.equal(before, model.weight)
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    asyppo.clip_and_step(model, optimizer)
+    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
+    assert model.weight.grad is None, "the next step would add to it"
 
 
 def test_optimizer_steps_and_learning_rates(tiny, spy):
     steps = collections.Counter()
     spy("clip_and_step", lambda model, _: steps.update([model]))
     learner = learner_of(tiny, utd=3, critic_epochs=5, lr=1e-3, critic_lr=0.0, critic_head_lr=1e-2)
-    before = copy.deepcopy([learner.actor, *learner.critics])
+    before = copy.deepcopy(learner.critics)
     _, passes = asyppo.train_step(learner, 1)  # a shard has 8 answers, a minibatch 4: two steps an epoch
     assert [steps[model] for model in (learner.actor, *learner.critics)] == [3, 10, 10] and len(passes) == 3
-    assert not torch.equal(weights(learner.actor), weights(before[0]))
-    for old, new in zip(before[1:], learner.critics):
-        assert torch.equal(weights(old.backbone), weights(new.backbone))
-        assert not torch.equal(weights(old.head), weights(new.head))
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in learner.optimizers]
-    assert rates == [[1e-3], [0.0, 1e-2], [0.0, 1e-2]]
-    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
-               for optimizer in learner.optimizers for group in optimizer.param_groups)
+    assert not any(torch.equal(weights(old.head), weights(new.head)) for old, new in zip(before, learner.critics))
+    groups = [group for optimizer in learner.optimizers for group in optimizer.param_groups]
+    assert [group["lr"] for group in groups] == [1e-3, 0.0, 1e-2, 0.0, 1e-2]
+    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0) for group in groups)
 
 
 def test_warm_up_trains_critics_alone(tiny):
@@ -537,15 +495,13 @@ def test_warm_up_trains_critics_alone(tiny):
     assert asyppo.train_step(learner, 2)[1] and not torch.equal(weights(learner.actor), before[0])
 
 
-def test_first_pass_has_ratio_one_and_later_passes_move(tiny):
+def test_first_pass_has_ratio_one_and_statistics_are_of_whole_passes(tiny):
     for changes in (dict(temperature=0.8), dict(utd=1), dict(lr=1e-2, micro_batch_tokens=60)):
         _, passes = asyppo.train_step(learner_of(tiny, **changes), 1)
         assert passes[0]["ratio_error"] < 1e-4 and passes[0]["kl"] < 1e-9
-    assert passes[-1]["kl"] > 1e-6 and 0 < passes[-1]["clip_fraction"] <= 1
     small, whole = (asyppo.train_step(learner_of(tiny, micro_batch_tokens=n), 1)[1][-1] for n in (60, 10**6))
-    assert small["kl"] == pytest.approx(whole["kl"], rel=1e-3), "a mean over tokens, however they are cut"
-    assert [small[key] for key in ("ratio_error", "clip_fraction")] == pytest.approx(
-        [whole[key] for key in ("ratio_error", "clip_fraction")], rel=1e-2), "the worst of all parts; again a mean"
+    for key, rounding in (("kl", 1e-3), ("clip_fraction", 1e-2), ("ratio_error", 1e-2)):
+        assert small[key] == pytest.approx(whole[key], rel=rounding), "means over tokens, and the worst of all parts"
 
 
 def test_grpo_gives_every_token_its_answers_advantage(tiny):
@@ -554,8 +510,7 @@ def test_grpo_gives_every_token_its_answers_advantage(tiny):
     assert len(passes) == 4, "without critics there is nothing to warm up"
     expected = asyppo.group_advantages(batch.rewards.sum(1), 4)
     assert torch.allclose(batch.advantages, expected[:, None] * batch.mask) and torch.equal(batch.adv_keep, batch.mask)
-    metrics = asyppo.measure(learner, batch, passes)
-    assert metrics["sigma_mean"] == 0 and metrics["explained_variance"] is None
+    assert not batch.sigma.any()
 
 
 @pytest.mark.parametrize("algo", ["asyppo", "grpo"])
@@ -591,7 +546,6 @@ def test_value_belongs_to_the_state_before_its_token(kind):
     critic = asyppo.MiniCritic(random_model(kind).base_model, generator=torch.Generator().manual_seed(0))
     batch = sampled(model, prompts=[[3, 4], [5, 6, 7]], end_ids=[99], max_new_tokens=6)
     before = critic(batch)
-    assert before.shape == batch.mask.shape
     batch.tokens[:, batch.prompt_width + 2] = (batch.tokens[:, batch.prompt_width + 2] + 1) % VOCABULARY  # change o_2
     changed = (critic(batch) - before).abs() > 1e-7
     assert not changed[:, :3].any(), "V(s_2) must not know o_2"
@@ -615,85 +569,57 @@ def test_values_lie_in_the_range_of_the_reward(tiny, low, high):
     expected = low + (high - low) / (1 + torch.exp(-score)) if bounded else score
     assert torch.allclose(values.double()[valid], expected[valid], atol=1e-4)
     assert not bounded or (low <= values.min() < values.max() <= high and values[valid].std() > (high - low) / 10)
-    ours, theirs = (torch.autograd.grad(v[valid].square().sum(), critic.head.weight, retain_graph=True)[0]
-                    for v in (values, expected))
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4) and ours.abs().sum() > 0
 
 
-def test_each_critic_may_have_a_base_of_its_own(tiny, tmp_path, fails):
-    two = f"{tiny}/critic,{tiny}/actor"
-    learner = learner_of(tiny, critic_model=two, shared_embeddings=True)
-    assert [critic.backbone.config.hidden_size for critic in learner.critics] == [16, 32]
-    tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
-    assert tables[0] is not tables[1] and not any(table.requires_grad for table in tables)
-    fails("--critic-model names 3 models for 2 critics", "--critic-model", f"{two},actor")
-    fails("--critic-model no/such: OSError", "--critic-model", f"{tiny}/critic,no/such")
-    out = tmp_path / "first"
-    assert asyppo.main(arguments(tiny, out, "--steps", "2", "--reward-max", "2")) == 0
-    again = learner_of(tiny, critic_model=f"{out}/critic_1,{out}/critic_2", reward_max=2.0).critics
-    assert not torch.equal(weights(again[0]), weights(again[1])), "a run's critics start the next one"
-    assert asyppo.load_critic(f"{out}/critic_2").backbone.config.reward_range == [0, 2]
-    fails("trained for rewards from 0.0 to 2.0: set", "--critic-model", f"{out}/critic_1")
-
-
-def test_critics_start_alike_but_for_their_heads_and_a_value_head_in_the_checkpoint_is_kept(tiny, tmp_path):
+def test_critics_start_alike_but_for_their_heads(tiny):
     (first, second), base = learner_of(tiny).critics, AutoModel.from_pretrained(tiny / "critic")
     assert torch.equal(weights(first.backbone), weights(base)) and torch.equal(weights(second.backbone), weights(base))
     assert not torch.equal(first.head.weight, second.head.weight) and first.head.weight.abs().max() < 0.25
     again, other = (learner_of(tiny, seed=seed).critics[0].head.weight for seed in (0, 1))
     assert torch.equal(first.head.weight, again) and not torch.equal(first.head.weight, other), "another seed"
-    torch.manual_seed(5)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tiny / "critic", num_labels=1))
-    shutil.copytree(tiny / "critic", tmp_path / "graded")
-    model.save_pretrained(tmp_path / "graded")
-    critics = learner_of(tiny, critic_model=str(tmp_path / "graded")).critics
-    assert all(torch.equal(critic.head.weight, model.score.weight) and critic.head.bias == 0 for critic in critics)
-    assert torch.equal(weights(critics[0].backbone), weights(model.model))
 
 
 def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
-    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=8, n_head=2, n_positions=128, resid_pdrop=0.5,
-                        attn_pdrop=0.5, embd_pdrop=0.5, eos_token_id=1, bos_token_id=None)
-    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    random_model("gpt2", 400, num_hidden_layers=8, resid_pdrop=0.5).bfloat16().save_pretrained(tmp_path)
     toy_task.make_tokenizer().save_pretrained(tmp_path)
     learner = asyppo.make_learner(asyppo.RunConfig(model=str(tmp_path), critic_warmup=0, **SMALL), FirstTokenTask)
     assert learner.actor.dtype == torch.float32
     assert all(m.p == 0 for m in learner.actor.modules() if isinstance(m, torch.nn.Dropout))
     assert [len(critic.backbone.h) for critic in learner.critics] == [2, 2]
     assert torch.equal(learner.critics[0].backbone.wte.weight, learner.actor.transformer.wte.weight), "pretrained"
-    assert asyppo.train_step(learner, 1)[1][0]["ratio_error"] < 1e-4
-    with pytest.raises(ValueError, match="only 8 layers, not 9"):
-        asyppo.load_critic(str(tmp_path), 9)
 
 
-def test_a_saved_critic_by_its_name_on_the_hub_keeps_its_head(run_of, tmp_path, monkeypatch):
-    saved, snapshot = run_of("naive")[0] / "critic_1", tmp_path / "models--org--critic/snapshots/1"
+def test_a_saved_critic_keeps_its_range_and_by_its_name_on_the_hub_its_head(tiny, tmp_path, fails, monkeypatch):
+    asyppo.save_models(learner_of(tiny, reward_max=2.0), tmp_path)
+    saved, snapshot = tmp_path / "critic_1", tmp_path / "models--org--critic/snapshots/1"
     shutil.copytree(saved, snapshot)
     (tmp_path / "models--org--critic/refs").mkdir()
     (tmp_path / "models--org--critic/refs/main").write_text("1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert torch.equal(*(weights(asyppo.load_critic(name)) for name in (str(saved), "org/critic")))
-    for limits in ((-1, 1), (0, 2)):
-        with pytest.raises(ValueError, match="it was trained for rewards from 0.0 to 1.0"):
-            asyppo.load_critic("org/critic", reward_range=limits)
+    assert asyppo.load_critic("org/critic").backbone.config.reward_range == [0, 2]
+    for flags in (["--reward-max", "1"], ["--reward-max", "2", "--reward-min", "-1"]):
+        fails("it was trained for rewards from 0.0 to 2.0: set", "--critic-model", str(saved), *flags)
     (snapshot / "value_head.safetensors").unlink()  # or not in the cache, without a connection
-    for name in ("org/critic", str(snapshot)):
-        with pytest.raises(OSError):
-            asyppo.load_critic(name)
+    with pytest.raises(OSError):
+        asyppo.load_critic("org/critic")
 
 
-def test_embeddings_are_shared_and_frozen_if_asked(tiny):
+def test_critics_of_one_base_share_frozen_embeddings_if_asked(tiny, fails):
     learner = learner_of(tiny, shared_embeddings=True)
-    tables = [critic.backbone.get_input_embeddings().weight for critic in learner.critics]
-    before, body = tables[0].clone(), weights(learner.critics[1].backbone.layers)
+    first, second = (critic.backbone.get_input_embeddings().weight for critic in learner.critics)
+    before, body = first.clone(), weights(learner.critics[1].backbone.layers)
     asyppo.train_step(learner, 1)
-    assert tables[0] is tables[1] and torch.equal(tables[0], before)
+    assert first is second and torch.equal(first, before)
     assert not torch.equal(weights(learner.critics[1].backbone.layers), body)
-    assert len({id(critic.backbone.get_input_embeddings().weight) for critic in learner_of(tiny).critics}) == 2
-    for algo, trained in (("asyppo", False), ("naive", False), ("ppo", True)):  # only ppo's critic is as the actor
-        flags = f"--algo {algo} --model {tiny}/actor --critic-layers 1 --max-new-tokens 10".split()
-        for critic in asyppo.make_learner(asyppo.parse(flags), FirstTokenTask).critics:
-            assert critic.backbone.get_input_embeddings().weight.requires_grad == trained
+    first, second = (critic.backbone.get_input_embeddings().weight for critic in learner_of(tiny).critics)
+    assert first is not second and first.requires_grad
+    two = f"{tiny}/critic,{tiny}/actor"
+    learner = learner_of(tiny, shared_embeddings=True, critic_model=two)
+    first, second = (critic.backbone.get_input_embeddings().weight for critic in learner.critics)
+    assert [len(first[0]), len(second[0])] == [16, 32] and not first.requires_grad and not second.requires_grad
+    fails("--critic-model names 3 models for 2 critics", "--critic-model", f"{two},actor")
+    fails("--critic-model no/such: OSError", "--critic-model", f"{tiny}/critic,no/such")
 
 
 # ------------------------------------------------------------------------------------------------------- 4 Rollouts
@@ -701,11 +627,13 @@ def test_embeddings_are_shared_and_frozen_if_asked(tiny):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_what_is_sampled_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
+def test_what_is_sampled_however_many_at_once_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
     model = random_model(kind)
     model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
-    batch = sampled(model, temperature=temperature)
+    batch, whole = (sampled(model, temperature=temperature, at_once=at_once) for at_once in (5, 256))
+    assert torch.equal(batch.tokens, whole.tokens) and torch.equal(batch.truncated, whole.truncated)
     assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
+    asyppo.check_model(model)
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, temperature)
     assert torch.allclose(logprobs, batch.logprobs, atol=1e-4) and torch.allclose(entropy, batch.entropy, atol=1e-4)
     for row in range(len(batch.tokens)):
@@ -729,7 +657,6 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
         assert ended != bool(batch.truncated[row]) and (ended or length == 10)
         seen |= {int(answers[row, length - 1])} & set(ENDS)
     assert seen == set(ENDS), "both end ids should have ended an answer here"
-    assert (batch.attention[:, batch.prompt_width:] == batch.mask.long()).all()
     batch = sampled(random_model(), max_new_tokens=1)  # with an end token as the last that is allowed: not cut off
     assert batch.truncated.tolist() == [token not in ENDS for token in batch.tokens[:, -1].tolist()]
     assert 0 < batch.truncated.sum() < 12
@@ -756,16 +683,6 @@ def test_sampling_frequencies_are_the_softmax():
     assert expected.sort().values[:-3].sum() > 0.02, "with a tail, so that top-k sampling would be seen"
 
 
-def test_an_answer_does_not_depend_on_how_many_are_sampled_at_once():
-    model, prompts = random_model(), [[3, 4, 5], [6], [2, 9, 9, 8, 4]] * 3
-    batch, parts = (sampled(model, prompts, at_once=at_once) for at_once in (256, 4))
-    assert torch.equal(batch.tokens, parts.tokens) and torch.equal(batch.mask, parts.mask)
-    assert torch.equal(batch.truncated, parts.truncated) and 0 < batch.truncated.sum() < 9
-    assert all(torch.allclose(getattr(batch, x), getattr(parts, x), atol=1e-5) for x in ("logprobs", "entropy"))
-    assert [batch.tokens[i, 5 - len(p):5].tolist() for i, p in enumerate(prompts)] == prompts
-    assert len({tuple(row) for row in batch.tokens.tolist()}) == 9, "each has random numbers of its own"
-
-
 def test_log_probs_come_in_chunks_and_no_full_logits_exist():
     model, shapes, found = random_model(), [], []
     batch = sampled(model)
@@ -782,28 +699,17 @@ def test_log_probs_come_in_chunks_and_no_full_logits_exist():
 
 def test_bodies_and_cache_are_bf16_and_heads_float32(monkeypatch):
     model, critic, seen = random_model(), asyppo.MiniCritic(random_model().base_model), []
-    real = model.base_model.forward
-
-    def forward(use_cache, **inputs):
-        output = real(use_cache=use_cache, **inputs)
-        if use_cache:
-            seen.extend(x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
-        return output
-    model.base_model.forward = forward
-    sampled(model)
-    assert set(seen) == {torch.float32}
-    seen.clear()
     monkeypatch.setattr(asyppo, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    caching = model.base_model.register_forward_hook(lambda module, inputs, output: seen.extend(
+        x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values)))
     model.base_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     batch = sampled(model)
+    caching.remove()
     logprobs, entropy = asyppo.logprobs_and_entropy(model, batch, 1.0)
     assert set(seen) == {torch.bfloat16} and len(seen) > 10
     with torch.autocast("cpu", torch.bfloat16):  # whoever calls
-        values = critic(batch)
-        for x in (logprobs, entropy, values, asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
+        for x in (logprobs, entropy, critic(batch), asyppo.logits_of(model, torch.randn(3, 16), 1.0)):
             assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
-    (logprobs.sum() + entropy.sum() + values.sum()).backward()
-    assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *critic.parameters()])
 
 
 @pytest.mark.parametrize("native", [True, False])  # False: before Ampere, where torch says yes but emulates
@@ -837,9 +743,8 @@ def test_what_runs_at_once_fits_into_the_free_memory(tiny, monkeypatch):
 
 def three_algorithms(tiny):
     found = {}
-    for algo in ("asyppo", "grpo", "ppo"):
-        learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1,
-                             **asyppo.PRESETS[algo] | {"critic_model": str(tiny / "critic")})
+    for algo in ("asyppo", "grpo", "naive"):
+        learner = learner_of(tiny, micro_batch_tokens=60, mask_by="random", eval_problems=1, **asyppo.PRESETS[algo])
         rows = [asyppo.measure(learner, *asyppo.train_step(learner, step)) for step in (1, 2, 3)]
         rows.append({"eval_accuracy": asyppo.evaluate(learner)})
         found[algo] = rows, [weights(model) for model in (learner.actor, *learner.critics)]
@@ -879,16 +784,12 @@ def two_processes(tiny, tmp_path_factory):
     return folder
 
 
-def alike(found, wanted):
-    return found == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
-
-
 def test_processes_share_the_work_and_not_the_algorithm(tiny, two_processes):
     (first, a), (second, b) = (torch.load(two_processes / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert not torch.equal(a[0], b[0]) and all(map(torch.equal, a[1:], b[1:])), "critics may differ, not masks"
     for algo, (wanted, alone) in three_algorithms(tiny).items():
         for (rows, found) in (first[algo], second[algo]):
-            assert alike(rows, wanted)
+            assert rows == [pytest.approx(row, abs=1e-5, nan_ok=True) for row in wanted]
             assert all(torch.allclose(a, b, atol=5e-5) for a, b in zip(found, alone, strict=True))  # Adam: rounding
         assert all(map(torch.equal, first[algo][1], second[algo][1])), "ranks drift apart"
 
@@ -897,7 +798,8 @@ def test_a_run_whose_rank_died_goes_on_in_one_process(two_processes, unstopped):
     out = two_processes / "run"
     assert rows_of(out)[-1]["step"] == 4
     assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == 4, "the one of step 3 stands"
-    assert asyppo.main(["--resume", str(out)]) == 0 and alike(rows_of(out), rows_of(unstopped))
+    assert asyppo.main(["--resume", str(out)]) == 0
+    assert rows_of(out) == [pytest.approx(row, abs=1e-5) for row in rows_of(unstopped)]
 
 
 def test_processes_must_have_the_same_problems(tiny, monkeypatch):
@@ -906,17 +808,12 @@ def test_processes_must_have_the_same_problems(tiny, monkeypatch):
     with pytest.raises(asyppo.UserError, match="gives every process other rows"):
         asyppo.load_problems(learner, FirstTokenTask, "train", 4, "")
     monkeypatch.setattr(asyppo, "summed", lambda x: digests.append(x.tolist()) or x)
-    counts = {len(asyppo.load_problems(learner, FirstTokenTask, split, 4, "")) for split in ("train", "test")}
-    assert len(counts) == 1 and digests[0] != digests[1], "of the rows, not only of their number"
-    for first in (3, 5):
-        asyppo.load_problems(learner, task_with([[first], [4]]), "train", 1, "")
-    assert digests.pop() != digests.pop(), "of every row"
     silent = type("Silent", (), {"__repr__": lambda self: 1 / 0})()  # whole rows may be large: never written out
-    rows = FirstTokenTask.problems("train", 0).with_transform(lambda x: x | {"x": [silent] * len(x["prompt"])})
-    task = types.SimpleNamespace(problems=lambda *_: rows)
-    learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
+    rows = datasets.Dataset.from_dict({"prompt": [[3], [4]] * 2}).with_transform(lambda x: x | {"x": [silent]})
+    for task in (task_with([[3], [4]] * 2), task_with([[5], [4]] * 2), types.SimpleNamespace(problems=lambda *_: rows)):
+        learner.train_problems = asyppo.load_problems(learner, task, "train", 4, "")
     asyppo.train_step(learner, 1)
-    assert digests[2] == digests[0], "of what training uses, token ids"
+    assert digests[0] == digests[2] != digests[1], "of every row, of what training uses: token ids"
 
 
 # ------------------------------------------------------------------------------- 7 Loading: models, prompts, levels
@@ -982,7 +879,6 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
     plain, appending = byte_tokenizer(), byte_tokenizer()
     appending.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", plain.eos_token_id)])
-    assert appending("1+1=").input_ids[-1] == plain.eos_token_id
     for prompt in ("1+1=", CHAT, BEGUN):
         assert asyppo.encode(appending, prompt) == asyppo.encode(plain, prompt)
     assert asyppo.encode(plain, "1</s>")[-1] == plain.eos_token_id, "one that the prompt itself ends with stays"
@@ -994,8 +890,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt():
 
 def test_every_end_id_is_found():
     model, tokenizer = random_model(), toy_task.make_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, 0, None, -1], 1
-    assert asyppo.end_ids(model, tokenizer) == sorted({5, 3, 0, 1, tokenizer.eos_token_id})
+    model.generation_config.eos_token_id, model.config.eos_token_id = [5, 3, 0, None, -1], 4
+    assert asyppo.end_ids(model, tokenizer) == [0, tokenizer.eos_token_id, 3, 4, 5]
     model, tokenizer = random_model(), byte_tokenizer()
     for template, more in [(CHATML, ["<|im_end|>"]),  # a base model's: its end token is </s>
                            ("{% for m in messages %}{{ m.content }}!{% endfor %}", []),  # "!" is no special token
@@ -1047,13 +943,11 @@ def test_a_line_break_ends_an_answer_where_chats_are_plain_text(tiny, capsys):
 
 
 @pytest.mark.parametrize("kind, begin, template", [
-    ("gpt2", False, None),            # learned positions, no chat template
+    ("gpt2", False, None),  # learned positions, no chat template
     ("llama", True, "<s>" + CHATML),  # tokenizer and template both know the begin token
-    ("gemma3", True, CHATML),         # sliding windows, and a head tied to scaled embeddings
-])
+    ("gemma3_text", True, CHATML)])  # sliding windows, and a head tied to scaled embeddings
 def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, template):
     tokenizer, model = byte_tokenizer(begin, template), random_model(kind, vocabulary=272)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "words.py").write_text(
@@ -1072,24 +966,20 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     assert all(row["first_ratio_error"] < 1e-4 for row in rows_of(tmp_path / "run")[1:])
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["level"], config["lr"]) == ("1-shown", 1e-3)
-    assert config["critic_lr"] == asyppo.MODEL_DEFAULTS["critic_lr"] != asyppo.Config.critic_lr
     assert asyppo.main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
     assert "chosen" not in capsys.readouterr().out, "the level is not chosen again"
-    assert len(transformers.GenerationConfig.from_pretrained(tmp_path / "run/actor").eos_token_id) == 3 - bool(template)
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "run/actor").generation_config.eos_token_id
+    assert len(ends) == 3 - bool(template)
 
 
 @pytest.mark.parametrize("right, best, hopeless", [([32, 24, 16, 8, 1, 1], 2, False), ([32, 31, 1, 0], 2, True)])
 def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, hopeless):
-    levels, asked, graded = list(toy_task.LEVELS), [], []
+    levels, asked, rewards = list(toy_task.LEVELS), [], (float(i < n) for n in right for i in range(32))
 
     def problems(split, seed, level):
         asked.append(level)
         return FirstTokenTask.problems(split, seed)
-
-    def reward(response, example):
-        graded.append(asked[-1])
-        return float(graded.count(asked[-1]) <= right[len(asked) - 1])
-    task = types.SimpleNamespace(problems=problems, reward=reward, choose_level=toy_task.choose_level)
+    task = types.SimpleNamespace(problems=problems, reward=lambda *_: next(rewards), choose_level=toy_task.choose_level)
     assert learner_of(tiny, task).config.level == levels[best]
     assert asked == [*levels[:len(right)], levels[best], levels[best]], "it stops after two hopeless levels in a row"
     told = capsys.readouterr().out
@@ -1097,22 +987,8 @@ def test_the_level_nearest_to_40_percent_is_chosen(tiny, capsys, right, best, ho
     assert ("expect to learn little" in told) == hopeless
 
 
-def test_a_model_that_is_used_in_another_way_is_refused(tiny, tmp_path):
-    for kind in KINDS:
-        asyppo.check_model(random_model(kind))
-        asyppo.check_model(random_model(kind).base_model)
-    sizes = LLAMA | dict(num_key_value_heads=1, head_dim=8)
-    scaled = random_model((transformers.CohereConfig, LLAMA | dict(logit_scale=0.1)))
-    stretching = random_model((LlamaConfig, LLAMA | dict(max_position_embeddings=8, rope_parameters={
-        "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0})))  # positions depend on the length of the text
-    reading_ahead = AutoModel.from_config(Gemma3TextConfig(**sizes, vocab_size=20, use_bidirectional_attention=True))
-    for model, said in ((scaled, "capped or scaled"), (stretching, "it reads ahead, or scales its positions"),
-                        (stretching.base_model, "scales its positions"), (reading_ahead, "it reads ahead")):
-        with pytest.raises(ValueError, match=said):
-            asyppo.check_model(model)
-    mamba = random_model((transformers.MambaConfig, dict(hidden_size=16, num_hidden_layers=1)))
-    with pytest.raises(Exception, match="cache|past_key_values|batch_select"):  # it has a state that rows cannot leave
-        sampled(mamba)
+def other(kind, **more):
+    return lambda folder: random_model(kind, 316, **more).save_pretrained(folder)
 
 
 def edit(name, **changes):
@@ -1120,18 +996,15 @@ def edit(name, **changes):
 
 
 @pytest.mark.parametrize("flag, change, said", [
-    ("--model", lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
     ("--model", edit("config.json", tie_word_embeddings=False), "no weights for lm_head.weight: is it a language mod"),
     ("--model", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter (LoRA)"),
     ("--model", edit("config.json", quantization_config={"quant_method": "awq"}), "quantised"),
-    ("--model", lambda f: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**LLAMA | dict(
-        vocab_size=20, head_dim=8, num_key_value_heads=1))).save_pretrained(f), "cap their logits"),
-    ("--critic-model", lambda f: byte_tokenizer().save_pretrained(f), "its tokenizer is not the actor's"),
-    ("--critic-model", lambda f: AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(
-        f, num_labels=2)).save_pretrained(f), "size mismatch for weight"),  # a reward model has one
-    ("--critic-model", lambda f: AutoModel.from_config(transformers.Gemma3TextConfig(**LLAMA | dict(
-        vocab_size=316, head_dim=8, num_key_value_heads=1, use_bidirectional_attention=True))).save_pretrained(f),
-     "it reads ahead")])
+    ("--model", other("gemma2", **HEADS), "cap their logits"),
+    ("--model", other("cohere", logit_scale=0.1), "capped or scaled"),
+    ("--model", other("llama", max_position_embeddings=8, rope_parameters={
+        "rope_type": "dynamic", "factor": 4.0, "rope_theta": 10.0}), "scales its positions with the length"),
+    ("--critic-model", other("gemma3_text", use_bidirectional_attention=True), "it reads ahead"),
+    ("--critic-model", lambda f: byte_tokenizer().save_pretrained(f), "its tokenizer is not the actor's")])
 def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
     shutil.copytree(tiny / ("critic" if flag == "--critic-model" else "actor"), tmp_path / "model")
     change(tmp_path / "model")
@@ -1139,10 +1012,7 @@ def test_models_refused_at_loading(tiny, tmp_path, fails, flag, change, said):
 
 
 def test_critics_that_know_fewer_tokens_or_bring_another_head(tiny, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(tiny / "actor")
-    model.resize_token_embeddings(400, mean_resizing=False)  # one family may pad its vocabularies differently
-    model.get_input_embeddings().weight.data[-80:] = 3.0
-    model.save_pretrained(tmp_path)
+    random_model(vocabulary=400).save_pretrained(tmp_path)  # one family may pad its vocabularies differently
     toy_task.make_tokenizer().save_pretrained(tmp_path)
     learner = learner_of(tiny, model=str(tmp_path))
     rows = learner.critics[0].backbone.get_input_embeddings().num_embeddings
@@ -1175,18 +1045,15 @@ def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
     ("def reward(response, example):\n    return 0.0\n", "task.py: AttributeError ... 'problems'"),
     (task_file(problems="['1+1=']"), "must return a datasets.Dataset"),
     (task_file(problems="Dataset.from_dict({'question': ['1'] * 8})"), "'prompt'"),
-    (task_file(problems="open('no/such/file')"), "FileNotFoundError"),
     (task_file("[[3]] * 3"), "3 rows, but 4 are needed"), (task_file("['1', ''] * 4"), "of row 1"),
     (task_file("['1', '\u20ac'] * 4"), "of tokens that the models do not know"),
     (task_file("[[3], [99999]] * 4"), "of row 1"), (task_file("[[3], [-1]] * 4"), "of row 1"),
     (task_file("[[3] * 200] * 8"), "200 tokens and --max-new-tokens 10 exceed the models' context"),
     (task_file(reward="float('nan')"), "it returned nan, no number from"),
     (task_file(reward="-0.5"), "it returned -0.5, no number from --reward-min 0.0 to --reward-max 1.0"),
-    (task_file(reward="1 / 0"), "ZeroDivisionError"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
-    ("class Timeout(BaseException): pass\ndef late():\n    raise Timeout('slow')\n" + task_file(reward="late()"),
-     "reward() failed for {'prompt': [3, 4]}: Timeout: slow"),
+    (task_file(reward="exec('raise GeneratorExit')"), "GeneratorExit"),  # a verifier's timeout may be no Exception
     (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError")])
 def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
     (tmp_path / "task.py").write_text(text)
@@ -1210,18 +1077,15 @@ def test_tasks_that_work(tiny, tmp_path, monkeypatch):
     assert [rows_of(tmp_path / "run")[step][key] for step, key in ((2, "x"), (4, "y"))] == [1, 2]
 
 
-def test_a_transform_of_the_tasks_own_is_kept_and_two_task_files_never_share_a_cache(tiny, tmp_path):
+def test_two_task_files_never_share_a_cache_and_each_row_is_read_once(tiny, tmp_path):
     seen = []
     for word in ("3+4", "5*6"):
         path = tmp_path / f"{len(seen)}.py"
-        path.write_text(f"def rows(n):\n    for i in range(n):\n        yield {{'prompt': '{word}'}}\n" + task_file(
-            problems="Dataset.from_generator(rows, gen_kwargs={'n': 8}).with_transform("
-            "lambda rows: {'prompt': [p + ' =' for p in rows['prompt']]})"))
-        seen.append(learner_of(tiny, asyppo.load_task(str(path))).train_problems)
-    assert [problems[0][1]["prompt"] for problems in seen] == ["3+4 =", "5*6 ="]
-    assert len(seen[0][0][0]) == 2 and seen[0][0][0] != seen[1][0][0]
-    count = itertools.count()
-    drawing = datasets.Dataset.from_dict({"x": [0] * 8}).with_transform(lambda _: {"prompt": [[3 + next(count) % 9]]})
+        path.write_text(f"def rows():\n    yield {{'prompt': '{word}'}}\n" + task_file(
+            problems="Dataset.from_generator(rows)"))
+        seen.append(asyppo.load_task(str(path)).problems("train", 0)[0]["prompt"])
+    assert seen == ["3+4", "5*6"]
+    drawing = datasets.Dataset.from_dict({"x": [0] * 8}).with_transform(lambda _: {"prompt": [[random.randint(3, 9)]]})
     read = asyppo.load_problems(learner_of(tiny), types.SimpleNamespace(problems=lambda *_: drawing), "train", 4, "")
     assert all(ids == row["prompt"] for ids, row in read), "what was drawn anew at every access is read once"
 
@@ -1244,80 +1108,68 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     assert re.findall(r"warning: (.*) held-out prompts are also in the tr", capsys.readouterr().out) == ["11 of 21"]
 
 
-METRICS = """step reward eval_accuracy response_length truncated_share entropy kl clip_fraction first_kl sigma_mean
-first_ratio_error explained_variance masked_share filtered_share seconds_rollout seconds_critic seconds_actor""".split()
-
-
 @pytest.fixture(scope="module")
 def run_of(tiny, tmp_path_factory):
-    """run_of(algo): the directory of a run with pictures, and its learner. Not to be changed."""
+    """run_of(algo, *flags): the directory of a run with pictures. Not to be changed."""
     (tiny / "drawing.py").write_text((tiny / "task.py").read_text() + "from toy_task import draw\n")
 
     @functools.cache
-    def run(algo):
-        out, real, kept = tmp_path_factory.mktemp(algo) / "run", asyppo.save_models, []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(asyppo, "save_models", lambda learner, *rest: (kept.append(learner), real(learner, *rest)))
-            assert asyppo.main(arguments(tiny, out, "--algo", algo, "--task", str(tiny / "drawing.py"))) == 0
-        return out, kept[0]
+    def run(algo, *flags):
+        out = tmp_path_factory.mktemp(algo) / "run"
+        assert asyppo.main(arguments(tiny, out, "--algo", algo, "--task", str(tiny / "drawing.py"), *flags)) == 0
+        return out
     return run
 
 
 @pytest.mark.parametrize("algo, critics", [("asyppo", 2), ("ppo", 1), ("naive", 1), ("grpo", 0)])
 def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
-    out, learner = run_of(algo)
+    out = run_of(algo)
     fails("already holds a run; go on with it (--resume", out=out)
     saved = json.loads((out / "config.json").read_text())  # nothing was lost, and another GPU may hold more
     assert (saved["algo"], saved["micro_batch_tokens"], saved["sample_batch"]) == (algo, 0, 0)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(set(METRICS) <= set(row) for row in rows[1:])
-    assert [row["eval_accuracy"] is None for row in rows] == [False, True, False, False]
+    assert [row["step"] for row in rows if row["eval_accuracy"] is not None] == [0, 2, 3] and len(rows) == 4
     assert (rows[3]["explained_variance"] is None) == (critics == 0 or rows[3]["reward"] in (0, 1))
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("curves", "tokens"))
     assert not list(out.rglob("*.bin")) and [path.name for path in out.rglob("*.pt")] == ["checkpoint.pt"]
-    assert load_file(out / "last_batch.safetensors")["mask"].shape[0] == 16
     actor = AutoModelForCausalLM.from_pretrained(out / "actor")
-    assert torch.equal(weights(actor), weights(learner.actor)), "the trained weights are saved"
-    assert not torch.equal(weights(actor), weights(AutoModelForCausalLM.from_pretrained(tiny / "actor")))
+    trained = torch.load(out / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(x, trained[0][name]) for name, x in actor.state_dict().items())
     assert AutoTokenizer.from_pretrained(out / "actor")("1").input_ids
     folders = sorted(folder.name for folder in out.glob("critic_*"))
     assert folders == [f"critic_{m}" for m in range(1, critics + 1)]
-    for folder, trained in zip(folders, learner.critics):
+    for folder, state in zip(folders, trained[1:]):
         again = learner_of(tiny, critic_model=str(out / folder), critics=1).critics[0]  # others can start from it
-        assert torch.equal(weights(again), weights(trained)) and again.head.weight.abs().sum() > 0
+        assert all(torch.equal(x, state[name]) for name, x in again.state_dict().items())
         assert again.backbone.config.hidden_size == (32 if algo == "ppo" else 16)
 
 
 @pytest.mark.parametrize("temperature, off", [("1", 0.002), ("0.1", 0.02)])
 def test_a_run_ends_if_it_scores_differently_from_how_it_samples(tiny, tmp_path, fails, monkeypatch, temperature, off):
     real, flags = asyppo.logprobs_and_entropy, ["--critic-warmup", "0", "--temperature", temperature]
-    monkeypatch.setattr(asyppo, "check_model", lambda *a: None)
     monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off for x in real(*a)))
     fails("scores its own samples differently", *flags)
     monkeypatch.setattr(asyppo, "logprobs_and_entropy", lambda *a: tuple(x + off / 4 for x in real(*a)))  # rounding
     assert asyppo.main(arguments(tiny, tmp_path / "ends", *flags)) == 0
 
 
-def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch):
+def test_two_runs_never_share_a_directory(tiny, tmp_path, fails, monkeypatch, spy):
     out = tmp_path / "run"
     out.mkdir()
     with FileLock(out / "lock"), monkeypatch.context() as patch:
         patch.setattr(asyppo, "make_learner", None)  # it is told before anything slow
         fails("lock' could not be acquired", out=out)
     monkeypatch.setenv("RANK", "0")  # some clusters set it for every job: without torchrun it means nothing
-    real = asyppo.make_learner  # by now the run has begun, and holds the lock
-    monkeypatch.setattr(asyppo, "make_learner", lambda *a: (fails("could not be acquired", out=out), real(*a))[1])
+    spy("make_learner", lambda *_: fails("could not be acquired", out=out))  # by now the run has begun
     assert asyppo.main(arguments(tiny, out, "--steps", "1")) == 0, "what ends without having begun leaves it free"
 
 
 LONGER = ["--steps", "8", "--checkpoint-every", "3", "--critic-warmup", "2"]
 
 
-@pytest.fixture(scope="module")
-def unstopped(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unstopped") / "run"
-    assert asyppo.main(arguments(tiny, out, *LONGER)) == 0
-    return out
+@pytest.fixture()
+def unstopped(run_of):
+    return run_of("asyppo", *LONGER)
 
 
 def same_result(out, unstopped):
@@ -1326,55 +1178,32 @@ def same_result(out, unstopped):
     return ours == theirs and rows_of(out) == rows_of(unstopped)
 
 
-def test_killed_and_resumed_is_as_if_never_stopped(tiny, unstopped, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, HERE / "asyppo.py", *arguments(tiny, out, *LONGER)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not (out / "metrics.jsonl").exists() or len(rows_of(out)) < 6:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
-    process.kill()  # after step 5, between two checkpoints
-    process.wait()
-    assert not (out / "actor").exists(), "it had come to its end"
-    assert asyppo.main(["--resume", str(out)]) == 0 and same_result(out, unstopped)
-
-
-@pytest.mark.parametrize("step, code", [(2, 130), (5, 130), (6, 2), (9, 130)])  # ctrl-C; a full disk; the last one
-def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, run_of, tmp_path, capsys, step, code):
-    out, train_step, save, replace = tmp_path / "run", asyppo.train_step, torch.save, os.replace
-
-    def interrupted(learner, now, *rest):
-        if now == step and code == 130:
-            raise KeyboardInterrupt
-        return train_step(learner, now, *rest)
-
-    def full_disk(state, path):
-        if code == 2 and state["rows"][-1]["step"] == step:
-            Path(path).write_bytes(b"half of")
-            raise OSError(28, "No space left on device")
-        save(state, path)
+@pytest.mark.parametrize("file, nth, code", [
+    ("metrics.jsonl", 3, 130), ("metrics.jsonl", 6, 130), ("checkpoint.pt", 3, 130),  # ctrl-C, when it is written
+    ("checkpoint.pt", 2, 2)])  # a full disk
+def test_a_stopped_run_goes_on_from_its_last_checkpoint(tiny, unstopped, tmp_path, capsys, file, nth, code):
+    out, replace, written = tmp_path / "run", os.replace, []
 
     def replaced(source, path):
+        written.append(path.name)
+        now = path.name == file and written.count(file) == nth
+        if now and code == 2:
+            source.write_bytes(b"half of")
+            raise OSError(28, "No space left on device")
         replace(source, path)
-        if step == 9 and path.name == "checkpoint.pt" and len(rows_of(out)) == step:
+        if now:
             raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replaced)
-        patch.setattr(asyppo, "train_step", interrupted)
-        patch.setattr(torch, "save", full_disk)
+    with mock.patch.object(os, "replace", replaced):
         assert asyppo.main(arguments(tiny, out, *LONGER)) == code
     told = capsys.readouterr().err
     assert "goes on from its last checkpoint with --resume" in told and "Traceback" not in told
     assert ("No space left" in told) == (code == 2) and not (out / "actor").exists()
-    drawing = ["--task", str(tiny / "drawing.py")] * (step == 9)
-    assert asyppo.main(["--resume", str(out), *drawing]) == 0 and same_result(out, unstopped)
-    assert (out / "tokens.png").exists() == (step == 9)
+    assert asyppo.main(["--resume", str(out), "--task", str(tiny / "drawing.py")]) == 0 and same_result(out, unstopped)
 
 
-def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, capsys):
+def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_path, fails):
     out = tmp_path / "run"
     assert asyppo.main(arguments(tiny, out, *LONGER, "--steps", "4", "--checkpoint-every", "0")) == 0
-    assert (out / "checkpoint.pt").exists(), "at the end there always is one"
     before = rows_of(out)
     assert asyppo.main(["--resume", str(out)]) == 0 and rows_of(out) == before, "nothing was left to do"
     for row in rows_of(unstopped)[1:]:  # the critics predict in the warm-up and where a run evaluates
@@ -1383,10 +1212,9 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     assert float(batch["mask"].sum(1).mean()) == tokens != rows_of(unstopped)[3]["response_length"], "the last"
     with mock.patch.multiple(asyppo, rank_and_size=lambda: (1, 2), summed=lambda x: 2 * x, evaluate=None):
         assert asyppo.main(["--resume", str(out)]) == 0, "every process loads the checkpoint, not only the first"
-    for flags, said in [("--lr 0.1 --no-whiten", "leave out lr, whiten"), ("--out elsewhere", "leave out out"),
-                        ("--seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0",
-                         "leave out seed, max_new_tokens, temperature, critic_warmup")]:
-        assert asyppo.main(["--resume", str(out), *flags.split()]) == 2 and said in capsys.readouterr().err
+    changed = "--lr 0.1 --no-whiten --out elsewhere --seed 9 --max-new-tokens 9 --temperature 0.5 --critic-warmup 0"
+    fails("leave out lr, whiten, out, seed, max_new_tokens, temperature, critic_warmup",
+          "--resume", str(out), *changed.split())
     assert asyppo.main(["--resume", str(out), "--steps", "8", "--lr", "1e-3"]) == 0  # the run's own lr
     assert same_result(out, unstopped) and rows_of(out)[:5] == before
 
@@ -1396,15 +1224,12 @@ def test_steps_may_be_raised_but_nothing_that_is_learned(tiny, unstopped, tmp_pa
     (lambda path, other: shutil.copy(other, path), "is damaged, or not of this run's models"),
     (lambda path, other: torch.save({"rows": [object()]}, path), "is damaged"),  # pickled code is never run
     (lambda path, other: (path.parent / "config.json").write_text('{"la": 1}'), "does not hold a run's flags")])
-def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, capsys, harm, said):
-    out, other = tmp_path / "run", run_of("naive")[0]
+def test_a_damaged_or_foreign_checkpoint_is_one_line(unstopped, run_of, tmp_path, fails, harm, said):
+    out, other = tmp_path / "run", run_of("naive")
     shutil.copytree(unstopped, out)
     harm(out / "checkpoint.pt", other / "checkpoint.pt")
-    capsys.readouterr()
-    metrics = (out / "metrics.jsonl").read_text()
-    assert asyppo.main(["--resume", str(out), "--steps", "9"]) == 2
-    told = capsys.readouterr().err
-    assert said in told and told.count("\n") == 1 and (out / "metrics.jsonl").read_text() == metrics
+    fails(said, "--resume", str(out), "--steps", "9")
+    assert rows_of(out) == rows_of(unstopped)
 
 
 # -------------------------------------------------------------------------------------------------- 9 Command line
@@ -1415,6 +1240,7 @@ def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
             config = asyppo.parse(["--algo", algo, *more])
             assert all(getattr(config, key) == value for key, value in (defaults | preset).items())
             assert config.out == f"runs/{out}{algo}-0"
+            assert config.shared_embeddings == (more != [] and algo != "ppo"), "only ppo's critic is as the actor"
     draws = [asyppo.seeded(seed, step).initial_seed() for seed in (0, 1, 2**31, 2**32 - 1) for step in range(1000)]
     assert len(set(draws)) == 4000 and max(draws) < 2**32, "all that a generator on the CPU takes"
     for steps, warmup in (("3", 1), ("50", 4)):
@@ -1510,13 +1336,10 @@ def test_what_the_models_have_read():
     for _ in range(500):
         sheet = rng.choices(toy_task.FACTS, k=toy_task.SUMS)
         answer, right, grade = toy_task.graded(sheet, rng)
-        *digits, end = answer
-        assert right == [eval(f) % 10 == a for f, a in zip(sheet, digits)]
-        if "<end>" in digits or end != "<end>":
-            broken += 1
-            assert grade == 0 and len(answer) == 13
-        else:
-            assert grade == (sum(right) >= 10)
+        whole = "<end>" not in answer[:12] and answer[12:] == ["<end>"]
+        assert len(answer) == 13 and right == [eval(f) % 10 == a for f, a in zip(sheet, answer)]
+        assert grade == (whole and sum(right) >= 10)
+        broken += not whole
         grades.append(grade)
     assert 40 < broken < 90 and 0.3 < sum(grades) / 500 < 0.7, "critics learn most from grades that differ"
 
@@ -1526,8 +1349,8 @@ def test_the_toy_comes_with_its_models_and_starts_where_actor_has_room_and_criti
         assert (toy_task.CACHE / name / "model.safetensors").exists()
     learner = asyppo.make_learner(asyppo.RunConfig(), toy_task)
     assert 0.08 < asyppo.evaluate(learner) < 0.3
-    actor, critic = (sum(p.numel() for p in model.parameters()) for model in (learner.actor, learner.critics[0]))
-    assert critic < 0.35 * actor
+    saved = load_file(toy_task.CACHE / "critic_2_of_2/model.safetensors")["score.weight"]
+    assert torch.equal(learner.critics[1].head.weight, saved), "a value head in the checkpoint is kept"
     batch, metrics = asyppo.timed_step(learner, 1, toy_task.look)
     found = toy_task.look(learner, asyppo.replace(batch, predicted=toy_task.oracle_values(learner, batch)))
     assert metrics["sight"] > 1.5 and found["sight"] == found["oracle_sight"], "before learning"
@@ -1535,26 +1358,26 @@ def test_the_toy_comes_with_its_models_and_starts_where_actor_has_room_and_criti
 
 def test_another_pretraining_is_another_and_every_critic_reads_sheets_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_task, "CACHE", tmp_path)
-    monkeypatch.setattr(toy_task, "STEPS", {name: 2 for name in toy_task.STEPS})
     monkeypatch.setattr(toy_task, "until_learned", lambda read, enough: read())
-    before, read, real = torch.random.get_rng_state(), {}, toy_task.tokens_of
-    monkeypatch.setattr(toy_task, "fit", lambda model, steps, lr, what, loss: loss(0).item() + loss(1).item())
-    marked, graded = {}, toy_task.graded
-    monkeypatch.setattr(toy_task, "graded", lambda sheet, rng: marked.setdefault(tuple(sheet), graded(sheet, rng)))
+    now, read, marked = [], collections.defaultdict(list), {}
+    tokens_of, graded, before = toy_task.tokens_of, toy_task.graded, torch.random.get_rng_state()
 
-    def tokens_of(tokenizer, sheets, answers):
-        read.setdefault(now[0], []).extend(map(tuple, sheets))
-        assert "_of_" not in now[0] or list(answers) == [marked[tuple(sheet)][0] for sheet in sheets], "others'"
-        return real(tokenizer, sheets, answers)
-    monkeypatch.setattr(toy_task, "tokens_of", tokens_of)
-    now, pretrain = [], toy_task.pretrain
-    monkeypatch.setattr(toy_task, "pretrain", lambda tokenizer, name, seed: (now.insert(0, name), pretrain(
-        tokenizer, name, seed), now.pop(0))[1])
+    def fit(model, steps, lr, what, loss):
+        now[:] = [what.partition(",")[0]]  # without the stage
+        return loss(0).item() + loss(steps - 1).item()
+
+    def reading(tokenizer, sheets, answers):
+        read[now[0]] += map(tuple, sheets)
+        assert "critic" not in now[0] or list(answers) == [marked[tuple(sheet)][0] for sheet in sheets], "others'"
+        return tokens_of(tokenizer, sheets, answers)
+    monkeypatch.setattr(toy_task, "fit", fit)
+    monkeypatch.setattr(toy_task, "tokens_of", reading)
+    monkeypatch.setattr(toy_task, "graded", lambda sheet, rng: marked.setdefault(tuple(sheet), graded(sheet, rng)))
     actor, bases = toy_task.models(2)
     assert toy_task.models(2) == (actor, bases) and torch.equal(before, torch.random.get_rng_state())
     assert [Path(path).name for path in (actor, *bases)] == ["actor", "critic_1_of_2", "critic_2_of_2"]
     toy_task.models(1)
-    first, second, all_of_them = (read[name] for name in ("critic_1_of_2", "critic_2_of_2", "critic_1_of_1"))
+    first, second, all_of_them = (read[f"critic {name}"] for name in ("1 of 2", "2 of 2", "1 of 1"))
     assert len(first) == len(second) == 128 and not set(first) & set(second), "disjoint"
     assert collections.Counter(first + second) == collections.Counter(all_of_them), "together the same sheets"
     other, _ = toy_task.models(2, {"TOY_PRETRAINING": "1"})
@@ -1588,9 +1411,9 @@ def test_every_run_is_a_valid_command():
     steps = {}  # of each critic, in an iteration
     for name in experiment.ALL:
         environment, (_, script, *words) = experiment.command_of(name, 1, Path("out"))
-        knowing = [word for word in words if word.startswith("--with-")]  # the true values
-        assert words[:len(knowing)] == knowing and Path(script).name == ("experiment.py" if knowing else "asyppo.py")
-        config = asyppo.parse(words[len(knowing):])
+        flags = [word for word in words if not word.startswith("--with-")]  # the true values
+        assert Path(script).name == ("asyppo.py" if flags == words else "experiment.py")
+        config = asyppo.parse(flags)
         assert config.prompts_per_step * config.group_size == experiment.ANSWERS
         assert (environment["TOY_PRETRAINING"], config.seed, config.out) == ("1", 1, "out"), "models of its own"
         assert environment["OMP_NUM_THREADS"] == "1"
@@ -1635,81 +1458,62 @@ def test_the_experiment_ends_with_tables_and_pictures(short_experiment, tmp_path
     results = experiment.load_results(out / "results.json")
     assert results.keys() == {"asyppo", "grpo"}, "the others go on when one has failed"
     assert "group_size 4 is too small" in (out / "runs/early-1.log").read_text()
-    numbers = results["asyppo"]["1"]
-    accuracy = [row["eval_accuracy"] for row in rows_of(out / "runs/asyppo-1") if row["eval_accuracy"] is not None]
-    assert [numbers["final"], numbers["area"]] == pytest.approx([sum(accuracy[-2:]) / 2, sum(accuracy) / 5])
-    assert numbers["entropy"] == rows_of(out / "runs/asyppo-1")[-1]["entropy"]
-    rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": 1.0}) for i, x in enumerate((0.1, 0.9, 0.4, 0.7))]
+    rows = [json.dumps({"step": i, "eval_accuracy": x, "entropy": i}) for i, x in enumerate((0.1, 0.9, None, 0.4, 0.7))]
     shutil.copy(out / "runs/asyppo-1/last_batch.safetensors", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
-    assert experiment.numbers_of(tmp_path)["fall"] == pytest.approx(0.5), "below the best that came before"
+    numbers = experiment.numbers_of(tmp_path)
+    assert [numbers[key] for key in ("final", "area", "fall", "entropy")] == pytest.approx([0.55, 0.525, 0.5, 4])
     batch = load_file(out / "runs/asyppo-1/last_batch.safetensors")
     valid = batch["mask"].bool()
     apart = (batch["values"][0] - batch["values"][1])[valid].tolist()
     offset = statistics.mean(apart) ** 2 / statistics.mean(x * x for x in apart)
     assert numbers["offset"] == pytest.approx(offset, abs=1e-5)
-    sigma, entropy = ({i: x for i, x in enumerate(batch[name][valid].tolist())} for name in ("sigma", "entropy"))
-    agreed = sorted(sigma, key=sigma.get)[:len(sigma) // 5]
-    calm = set(sorted(entropy, key=entropy.get)[:len(entropy) // 2])
-    assert numbers["low_entropy"] == pytest.approx(len(calm & set(agreed)) / len(agreed))
+    agreed = batch["sigma"][valid].argsort(stable=True)[:len(apart) // 5]
+    calm = batch["entropy"][valid].argsort(stable=True)[:len(apart) // 2]
+    assert numbers["low_entropy"] == pytest.approx(float(torch.isin(agreed, calm).float().mean()))
     claimed = {word.partition(":")[2] for *_, formula in experiment.CLAIMS for word in formula.split() if ":" in word}
     assert claimed <= set(numbers) and not list(out.glob("**/model.safetensors"))
 
 
 def test_a_stopped_experiment_keeps_what_is_done_and_goes_on(short_experiment, monkeypatch):
-    """What is there is not run again; what is not there, or has other flags by now, is. SIGTERM ends the children."""
     out, runs = short_experiment
-    monkeypatch.setitem(runs, "grpo", runs["grpo"] + " --utd 1")
+    monkeypatch.setitem(runs, "grpo", runs["grpo"] + " --utd 1")  # so it is run again, and "early", which has failed
     started, before, real = [], experiment.load_results(out / "results.json"), subprocess.Popen
     monkeypatch.setattr(experiment, "command_of", lambda name, *_: ({}, ["sleep", "60"]))
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
-    monkeypatch.setattr(experiment.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment.time, "sleep", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         experiment.main(["--quick", "--out", str(out), "--jobs", "9"])
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
     assert experiment.load_results(out / "results.json") == before
 
 
-def test_a_run_with_the_oracle_has_no_errors(tmp_path, monkeypatch):
-    for name in ("critic_values", "update_critic"):
-        monkeypatch.setattr(asyppo, name, getattr(asyppo, name))  # to be put back afterwards
+@mock.patch.multiple(asyppo, critic_values=None, update_critic=None)  # what replaces them goes afterwards
+def test_a_run_with_the_oracle_has_no_errors(tmp_path):
     assert experiment.main(f"--with-oracle --algo naive --steps 1 --eval-problems 8 --out {tmp_path}/run".split()) == 0
     row = rows_of(tmp_path / "run")[1]
     assert row["sight"] == row["oracle_sight"] > 0.5
 
 
-def test_runs_on_a_real_model_go_on_where_they_were_stopped(tiny, tmp_path, monkeypatch, spy, capsys):
-    monkeypatch.syspath_prepend(HERE / "figures")
-    import real_model
-    started, stop_at = [], [2]  # the step at which the minutes are over
+def test_runs_on_a_real_model_go_on_where_they_were_stopped(tiny, tmp_path, monkeypatch, capsys):
+    started = []
 
-    class Process:  # asyppo.py in this process
-        def __init__(self, command):
-            started.append([str(word) for word in command[2:]])
-            self.code, self.send_signal = asyppo.main(started[-1]), lambda signal: None
-
-        def wait(self, timeout=None):
-            if self.code == 130 and timeout is not None:
-                raise subprocess.TimeoutExpired("", timeout)
-            return self.code
-
-    def stop(learner, step, watch):
-        if step in stop_at:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(real_model.subprocess, "Popen", Process)
-    spy("train_step", stop)
-    command = [f"--critic-model={tiny}/critic", "--minutes=9", f"--work={tmp_path}/work", f"--out={tmp_path}",
-               "--algos", "asyppo", "ppo", *arguments(tiny, "")[:2], "--task", str(tiny / "task.py"), "--steps", "3",
-               "--eval-every", "1", *(f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items())]
-    for left in ([2], [], []):
-        stop_at[:] = left
-        assert real_model.main(command) == 0 and ("not done yet" in capsys.readouterr().out) == bool(left)
+    def process(command):  # asyppo.py in this process
+        started.append([str(word) for word in command[2:]])
+        code = asyppo.main(started[-1])
+        over = [subprocess.TimeoutExpired("", 9)] * (code == 130)
+        return mock.Mock(wait=mock.Mock(side_effect=[*over, code]))
+    monkeypatch.setattr(real_model.subprocess, "Popen", process)
+    command = [*arguments(tiny, tmp_path), "--minutes=9", f"--work={tmp_path}/work", "--algos", "asyppo", "ppo"]
+    with mock.patch.object(asyppo, "train_step", side_effect=KeyboardInterrupt):  # the minutes are over
+        assert real_model.main(command) == 0 and "not done yet" in capsys.readouterr().out
+    for _ in range(2):
+        assert real_model.main(command) == 0 and "all is done" in capsys.readouterr().out
     assert [words[0] for words in started] == ["--out", "--resume", "--out"], "what is done is not run again"
     assert [f"{tiny}/critic" in words for words in (started[0], started[2])] == [True, False], "PPO's is the actor's"
     runs = json.loads((tmp_path / "real_model.json").read_text())["runs"]
-    kept = tmp_path / "work/actor-critic"
-    assert all(run["rows"] == [json.loads(line) for line in (kept / name / "metrics.jsonl").open()]
-               and len(run["rows"]) == 4 for name, run in runs.items()) and list(runs) == ["asyppo-1", "ppo-1"]
+    found = {name: (run["config"]["algo"], len(run["rows"])) for name, run in runs.items()}
+    assert found == {"asyppo-1": ("asyppo", 4), "ppo-1": ("ppo", 4)}
     assert (tmp_path / "real_model.png").stat().st_size > 10_000
     assert real_model.main([*command, "--utd", "2"]) == 2 and "another utd (4)" in capsys.readouterr().err
     assert real_model.main([*command, "--aggregate=min", "--steps=4", "--algos", "ppo"]) == 2 and len(started) == 3
@@ -1739,7 +1543,7 @@ def as_reader(tmp_path, monkeypatch, run_of):
         if kind == "python" and (name := re.match(r"# (\w+\.py)\n", text)):
             Path(name[1]).write_text(text)
     Path("my_problems.jsonl").write_text("\ufeff" + '{"prompt": "1 2", "answer": "2020-01-02"}\n \n' * 8, "utf-8")
-    shutil.copytree(run_of("asyppo")[0], "runs/asyppo-0")
+    shutil.copytree(run_of("asyppo"), "runs/asyppo-0")
     random_model("llama", vocabulary=272).save_pretrained("llm")
     byte_tokenizer(template=CHATML).save_pretrained("llm")
 
@@ -1760,22 +1564,18 @@ def test_readme_tasks(as_reader):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_as_typed_but_short(command, as_reader, monkeypatch, capsys):
     script, *flags = shlex.split(command)[1:]
-    short = "--steps 2 --critic-warmup 1 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16"
+    main = {"asyppo.py": asyppo, "toy_task.py": toy_task, "figures/experiment.py": experiment}[script].main
+    monkeypatch.setattr(experiment, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
     if "--model" in flags:
         flags[flags.index("--model") + 1] = "llm"
-    if script == "toy_task.py":
-        assert toy_task.main(flags) == 0, capsys.readouterr().err
-    elif script == "figures/experiment.py":  # what it runs is tested above
-        monkeypatch.setattr(experiment, "experiment", lambda where, *rest: (where.mkdir(parents=True) or {}, []))
-        assert experiment.main(flags + ([] if "--quick" in flags else ["--out", "there"])) == 0, capsys.readouterr().err
-    elif script.startswith("figures/"):
-        monkeypatch.setattr(sys, "argv", [script, *flags, *short.split(), "--repeats", "1"])
-        runpy.run_path(HERE / script, run_name="__main__")
-        assert re.search(r"\| ppo \|( [\d.]+ \|){4}", capsys.readouterr().out)
-    elif "--resume" in flags:
-        assert asyppo.main(flags + ["--steps", "4"] * ("--steps" in flags)) == 0, capsys.readouterr().err
-    else:
-        assert asyppo.main(flags + ["--out", "runs/short", *short.split()]) == 0, capsys.readouterr().err
+    if "--resume" in flags:
+        flags += ["--steps", "4"]
+    elif main == asyppo.main:
+        short = "--steps 2 --prompts-per-step 4 --group-size 4 --eval-problems 8 --max-new-tokens 16"
+        flags += ["--out", "runs/short", *short.split()]
+    elif main == experiment.main and "--quick" not in flags:
+        flags += ["--out", "there"]
+    assert main(flags) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [text for kind, text in FENCES if kind == "python"])
