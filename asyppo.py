@@ -809,8 +809,8 @@ def saying(what: str, shown=""):
 
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
-    """`auto_class`.from_pretrained in float32; if `layers` is given, only the first `layers` layers, which is how a
-    mini-critic is cut from an actor's checkpoint."""
+    """`auto_class`.from_pretrained in float32, and in eval mode: with dropout, the first pass's ratio would not be 1. If
+    `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
     if (Path(name) / "adapter_config.json").exists():
@@ -1026,7 +1026,6 @@ def make_learner(given: RunConfig, task) -> Learner:
     optimizers = []
     for m, model in enumerate((actor, *critics)):
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
-        model.eval()  # no dropout, nothing random: else the first pass's ratio would not be 1
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))

@@ -131,10 +131,10 @@ def random_model(kind="qwen3", vocabulary=VOCABULARY, **more):
     return model.eval()
 
 
-def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, at_once=256, group_size=1):
+def sampled(model, prompts=None, max_new_tokens=12, temperature=1.0, end_ids=ENDS, tokens=2048, group_size=1):
     prompts = prompts or [[3, 4, 5], [6], [2, 9, 9, 8, 4], [3, 3]] * 3
     uniform = torch.rand(len(prompts), group_size, max_new_tokens, generator=torch.Generator().manual_seed(0))
-    return asyppo.generate(model, prompts, uniform, temperature, list(end_ids), at_once)
+    return asyppo.generate(model, prompts, uniform, temperature, list(end_ids), tokens)
 
 
 def ragged(seed=0):
@@ -292,8 +292,7 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
     clean = asyppo.policy_loss(**inputs)[0]
     for junk in (float("nan"), float("inf"), -float("inf"), 1e30):
         dirty = {key: inputs[key].masked_fill(inputs["mask"] == 0, junk)
-                 for key in ("logprobs", "old_logprobs", "advantages")}
-        dirty["entropy"] = inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, junk)  # also what is filtered
+                 for key in ("logprobs", "old_logprobs", "advantages", "entropy")}
         leaves = [dirty[k].requires_grad_() for k in ("logprobs", "entropy")]
         loss, stats = asyppo.policy_loss(**inputs | dirty)
         loss.backward()
@@ -397,7 +396,7 @@ def test_gradients_are_those_of_whole_batches(tiny, spy):
     actor, *critics = copy.deepcopy([learner.actor, *learner.critics])
     (batch, _), wanted = asyppo.train_step(learner, 1), []
     for critic, shard in zip(critics, shards):
-        part = batch.select(shard)
+        part = asyppo.select(batch, shard)
         values = critic(part)
         error = sum(((values[b, :n] - float(batch.rewards[row].sum())) ** 2).sum()
                     for b, row in enumerate(shard.tolist()) for n in [int(part.mask[b].sum())])
@@ -584,9 +583,9 @@ def test_a_mini_critic_is_cut_from_an_actor(tmp_path):
     toy_task.make_tokenizer().save_pretrained(tmp_path)
     learner = asyppo.make_learner(asyppo.RunConfig(model=str(tmp_path), critic_warmup=0, **SMALL), FirstTokenTask)
     assert learner.actor.dtype == torch.float32
-    assert all(m.p == 0 for m in learner.actor.modules() if isinstance(m, torch.nn.Dropout))
     assert [len(critic.backbone.h) for critic in learner.critics] == [2, 2]
     assert torch.equal(learner.critics[0].backbone.wte.weight, learner.actor.transformer.wte.weight), "pretrained"
+    assert asyppo.train_step(learner, 1)[1][0]["ratio_error"] < 1e-4, "no dropout"
 
 
 def test_a_saved_critic_keeps_its_range_and_by_its_name_on_the_hub_its_head(tiny, tmp_path, fails, monkeypatch):
@@ -627,10 +626,12 @@ def test_critics_of_one_base_share_frozen_embeddings_if_asked(tiny, fails):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_what_is_sampled_however_many_at_once_is_what_is_scored_alone_without_padding_or_cache(kind, temperature):
-    model = random_model(kind)
+def test_what_is_sampled_however_many_at_once_is_what_is_scored_alone_without_padding_or_cache(kind, temperature, spy):
+    model, caches = random_model(kind), []
+    spy("Cache", lambda: caches.append(1))
     model.generation_config.top_k, model.generation_config.top_p = 2, 0.5  # must not matter (pitfall 3)
-    batch, whole = (sampled(model, temperature=temperature, at_once=at_once) for at_once in (5, 256))
+    batch, whole = (sampled(model, temperature=temperature, tokens=tokens) for tokens in (6, 2048))  # 5 at once, or all
+    assert len(caches) == 3 + 1, "of twelve answers"
     assert torch.equal(batch.tokens, whole.tokens) and torch.equal(batch.truncated, whole.truncated)
     assert len(batch.mask.sum(1).unique()) > 2, "answers of different lengths, or this shows little"
     asyppo.check_model(model)
@@ -676,7 +677,7 @@ def test_tokens_that_a_model_forbids_are_never_sampled_and_give_no_nan():
 @torch.no_grad()
 def test_sampling_frequencies_are_the_softmax():
     model = random_model()
-    batch = sampled(model, prompts=[[3, 4, 5]] * 20000, max_new_tokens=1, temperature=1.5, at_once=20000)
+    batch = sampled(model, prompts=[[3, 4, 5]] * 20000, max_new_tokens=1, temperature=1.5, tokens=5000)
     expected = (model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1] / 1.5).softmax(-1)
     counted = torch.bincount(batch.tokens[:, -1], minlength=VOCABULARY) / 20000
     assert (counted - expected).abs().max() < 0.015
@@ -722,21 +723,18 @@ def test_mixed_precision_needs_a_gpu_that_does_bf16_itself(monkeypatch, native):
 
 def test_what_runs_at_once_fits_into_the_free_memory(tiny, monkeypatch):
     learner = learner_of(tiny)
-    assert (learner.config.micro_batch_tokens, learner.config.sample_batch) == (2048, 256), "on a CPU"
+    assert learner.config.micro_batch_tokens == 2048, "on a CPU"
     moments = 12 * sum(map(len, map(weights, (learner.actor, *learner.critics))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for room in (1e6, 1e9, -1e9):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (moments + 2 * room, 0))
-        tokens, answers = asyppo.fit_into_memory(learner, longest=90)
+        tokens = asyppo.fit_into_memory(learner)
         assert 0 <= tokens - max(0, room) / (2 * 32 * 85) <= 1, "two layers of width 32"
-        assert 0 <= answers - max(0, room) / (2 * 32 * 4 * 90) <= 1
-    monkeypatch.setattr(asyppo, "fit_into_memory", lambda *_: (7, 8))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
-    for flags, sizes in [({}, (7, 8)), ({"sample_batch": 3}, (7, 3)), ({"micro_batch_tokens": 4}, (4, 8))]:
-        config = learner_of(tiny, **flags).config
-        assert (config.micro_batch_tokens, config.sample_batch) == sizes
-    monkeypatch.setattr(asyppo, "fit_into_memory", None)  # both are given: nothing is computed, and nothing can fail
-    assert learner_of(tiny, sample_batch=3, micro_batch_tokens=4).config.sample_batch == 3
+    monkeypatch.setattr(asyppo, "fit_into_memory", lambda _: 7)
+    assert learner_of(tiny).config.micro_batch_tokens == 7
+    monkeypatch.setattr(asyppo, "fit_into_memory", None)  # it is given: nothing is computed, and nothing can fail
+    assert learner_of(tiny, micro_batch_tokens=4).config.micro_batch_tokens == 4
 
 
 # ----------------------------------------------------------------------------------------------- 6 Several processes
@@ -958,7 +956,7 @@ def test_a_run_in_words_with_other_architectures(tmp_path, capsys, kind, begin, 
     assert asyppo.main(flags.split()) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
     assert "4 answers a step and 4 an evaluation, of at most 8 tokens (--prompts" in told
-    assert "at once: --micro-batch-tokens 900, --sample-batch 256" in told
+    assert "at once: --micro-batch-tokens 900\n" in told
     assert re.search(r"  \.\.\..+ = \| .{0,50} \| reward 0\nstep 2  eval_accuracy 0 .* kl .*  seconds ", told), told
     assert re.search(r"level 1-shown +0% right, .*\nlevel 2-shown +0% .*\nchosen: level 1-shown \(expect to le", told)
     count = sum(p.numel() for p in model.parameters())
@@ -1096,6 +1094,7 @@ def test_evaluation_is_the_mean_reward_on_held_out_problems(tiny, capsys):
     learner, asked = learner_of(tiny, eval_problems=20), []
     learner.reward = lambda response, example: asked.append((example["prompt"], response)) or len(asked) % 2 / 2
     assert asyppo.evaluate(learner) == 0.25 == asyppo.evaluate(learner)
+    assert f"= | {asked[0][1].strip()} | reward 0.5\n" in capsys.readouterr().out.replace("  ", " "), "the first one"
     assert asked[:20] == asked[20:], "the same answers from the same policy"
     held_out, train = ([row["prompt"] for _, row in x] for x in (learner.test_problems, learner.train_problems))
     assert [prompt for prompt, _ in asked[:20]] == held_out[:20] and not set(held_out) & set(train)
@@ -1126,7 +1125,7 @@ def test_a_run_and_what_it_leaves_behind(tiny, run_of, fails, algo, critics):
     out = run_of(algo)
     fails("already holds a run; go on with it (--resume", out=out)
     saved = json.loads((out / "config.json").read_text())  # nothing was lost, and another GPU may hold more
-    assert (saved["algo"], saved["micro_batch_tokens"], saved["sample_batch"]) == (algo, 0, 0)
+    assert (saved["algo"], saved["micro_batch_tokens"]) == (algo, 0)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["eval_accuracy"] is not None] == [0, 2, 3] and len(rows) == 4
     assert (rows[3]["explained_variance"] is None) == (critics == 0 or rows[3]["reward"] in (0, 1))
@@ -1251,7 +1250,9 @@ def test_presets_are_nothing_but_defaults(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit, match="0"):
         asyppo.parse(["--help"])
-    assert "(default: /100%/%s{0}/task.py)" in capsys.readouterr().out, "a path may hold anything"
+    told = capsys.readouterr().out
+    assert "(default: /100%/%s{0}/task.py)" in told, "a path may hold anything"
+    assert "prompts in a batch (default: 64, with --model 32)\n" in told
 
 
 @pytest.mark.parametrize("flags, said", [
