@@ -637,9 +637,9 @@ class Config:
     filter_by: Literal["sigma", "entropy", "random"] = "sigma"  # signal of the entropy filter
 
 
-# The baselines are plain: no mask, no entropy bonus. A single critic gets all the answers: with 64 per step, it takes as
-# many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it knows
-# nothing at first.
+# The baselines are plain: no mask, no entropy bonus. A single critic gets all the answers: with 64 per step, it takes
+# as many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it
+# knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 ONE_CRITIC = PLAIN | dict(critics=1, critic_batch=64)
 PRESETS = {"asyppo": {}, "naive": ONE_CRITIC, "grpo": PLAIN | dict(critics=0),
@@ -809,8 +809,8 @@ def saying(what: str, shown=""):
 
 
 def load_pretrained(auto_class, name: str, layers: int = 0):
-    """`auto_class`.from_pretrained in float32, and in eval mode: with dropout, the first pass's ratio would not be 1. If
-    `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
+    """`auto_class`.from_pretrained in float32 and in eval mode (with dropout, the first pass's ratio would not be 1).
+    If `layers` is given, only the first `layers` layers: how a mini-critic is cut from an actor's checkpoint."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # reported to give NaN gradients under a mask (pytorch issue 196678)
     if (Path(name) / "adapter_config.json").exists():
