@@ -19,8 +19,8 @@ with M critics, G answers per prompt, and pi_old for the actor as it was when it
         averaged over the tokens of each answer, then over the answers
 
     python asyppo.py                         the toy on a laptop, in a minute: sheets of small sums, passed or failed
-    python asyppo.py --algo grpo             the same loop without critics (or ppo, or naive: with one)
-    python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same task in words (or --help)
+    python asyppo.py --algo grpo             the same loop without critics; --algo naive and ppo have one
+    python asyppo.py --model Qwen3-0.6B      a real language model on one GPU, the same task in words
 
     the paper         this file
     q, o, o_t         prompt, answer, its tokens: one action each
@@ -108,7 +108,7 @@ def gae(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(values)
     next_value = values.new_zeros(len(values))
     advantage = values.new_zeros(len(values))
-    for t in reversed(range(values.shape[1])):  # skips what is masked, also in the middle: a tool's output, say
+    for t in reversed(range(values.shape[1])):  # skips mask 0, also within an answer (text from a tool)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(valid[:, t], delta + gamma * lam * advantage, advantage)
         next_value = torch.where(valid[:, t], values[:, t], next_value)
@@ -145,7 +145,7 @@ def disagreement(values):
 
     Population standard deviation, so that one critic gives 0, not NaN; for two it is half the gap between them.
     Caution: when sigma is computed, one critic has just been trained on this answer's reward, and the others have not.
-    Part of sigma is only that."""
+    So part of sigma is only the difference between having seen the reward and not."""
     return values.std(dim=0, unbiased=False)
 
 
@@ -179,8 +179,8 @@ def entropy_filter(sigma, mask, h):
     the result are [B, T].
 
     Where the critics disagree most, says the paper, the state is only loosely tied to the outcome: more entropy there
-    makes answers more random, and nothing else. Counted and ranked as in advantage_mask, from the other end. Raises
-    ValueError for an h outside [0, 1]."""
+    makes answers more random, and nothing else. Counted as in advantage_mask; of equal ones, again the first are
+    filtered. Raises ValueError for an h outside [0, 1]."""
     if not 0 <= h <= 1:
         raise ValueError(f"h must be a share between 0 and 1, not {h}")
     valid = mask.bool()
@@ -203,13 +203,12 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     advantage on every token, GRPO without its KL penalty.
 
     Returns loss (a scalar) and stats (a dict of scalars over the valid tokens), which say how far the policy has moved:
-      ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding
+      ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding (in bf16, see kl)
       clip_fraction  the share of tokens with rho outside 1 +- clip
       kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)"""
     valid = mask.bool()
-    # Padding may hold anything, so it is zeroed before exp. log rho is clamped so that exp cannot overflow; that
-    # changes the gradient only where rho > e^20 and A < 0.
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # in float16, e^12 overflows
+    # Zeroed and clamped, so that exp cannot overflow. (It stops the gradient where rho > e^20 and A < 0; PPO does not.)
     log_ratio = (logprobs.to(dtype) - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~valid, 0)
@@ -242,7 +241,7 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 
 # =============================================================================================== 2 One iteration
-# Ignore while reading: `watch`, which is for timing, and my_share and summed, which are for several GPUs.
+# Ignore while reading: `watch`, which is for timing and the task's metrics; my_share and summed, for several GPUs.
 
 @dataclass
 class Batch:
@@ -261,7 +260,7 @@ class Batch:
 
     tokens: torch.Tensor     # [B, P+T] long
     attention: torch.Tensor  # [B, P+T] 1 on prompt and answer tokens, 0 on either padding
-    mask: torch.Tensor       # [B, T] float, 1 on answer tokens, end token included (made from lengths, not token ids)
+    mask: torch.Tensor       # [B, T] float, 1 on answer tokens, end token included, even if it is also the pad token
     logprobs: torch.Tensor   # [B, T] log pi_old(o_t | s_t), recorded while sampling
     entropy: torch.Tensor    # [B, T] H[pi_old(. | s_t)]
     truncated: torch.Tensor  # [B] bool: the length limit came before an end token
@@ -272,7 +271,7 @@ class Batch:
     returns: torch.Tensor = None     # [B, T] R_t, the critics' target
     values: torch.Tensor = None      # [M, B, T] V_m(s_t), after the critics' update
     v_bar: torch.Tensor = None       # [B, T]
-    predicted: torch.Tensor = None   # [B, T] v_bar before the critics' update (for explained_variance)
+    predicted: torch.Tensor = None   # [B, T] v_bar before the critics' update (set by `watch`)
     sigma: torch.Tensor = None       # [B, T]
     advantages: torch.Tensor = None  # [B, T]
     adv_keep: torch.Tensor = None    # [B, T] I_A
@@ -287,8 +286,8 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     """One iteration, in the paper's order. `learner` holds config, actor, critics and optimizers.
 
     Returns the batch, with everything that was computed from it, and the statistics of the actor's passes.
-    watch(phase, batch) is called after "rollout", "critic" and "actor", for timing and looking."""
-    config, critics = learner.config, learner.critics
+    watch(phase, batch) is called after "rollout", "critic" and "actor"."""
+    config = learner.config
     generator = seeded(config.seed, step)
 
     # Sample G answers per prompt, the answers to one prompt side by side, and have them graded.
@@ -296,14 +295,14 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
     batch = sample_and_grade(learner, learner.train_problems, drawn, config.group_size, generator)
     watch("rollout", batch)
 
-    if critics:
-        # Each critic learns from its own shard, *before* the batch is valued: the paper's order, by which V fits the
+    if learner.critics:
+        # Each critic learns from its own shard, *before* the batch is valued: the paper's order, so that V fits the
         # current policy. The price is that each critic has already seen its shard's rewards (see disagreement).
         batch.returns = critic_targets(learner, batch)
-        owner = assign_shards(config.prompts_per_step, config.group_size, len(critics), generator)
-        for m in range(len(critics)):
+        owner = assign_shards(config.prompts_per_step, config.group_size, len(learner.critics), generator)
+        for m in range(len(learner.critics)):
             is_mine = (owner == m) | config.shared_data  # shared_data is a control: all answers for all critics
-            # They shuffle with the same random numbers: only their data differ.
+            # All critics shuffle with the same random numbers: only their data differ.
             update_critic(learner, m, batch, is_mine.nonzero()[:, 0], generator.clone_state())
 
         # The paper's "corrected advantage" is GAE on the mean of the critics.
@@ -317,13 +316,13 @@ def train_step(learner: "Learner", step: int, watch=lambda phase, batch: None) -
         batch.advantages = group_advantages(batch.rewards.sum(1), config.group_size)[:, None] * batch.mask
         batch.sigma = torch.zeros_like(batch.mask)  # the same everywhere: nothing will be masked or filtered
 
-    # The mask and the filter, both by sigma (signal_of: or, as a control, by entropy or at random).
+    # Mask and filter, both ranked by sigma (or, as controls, by entropy or at random: see signal_of).
     batch.adv_keep = advantage_mask(signal_of(batch, config.mask_by, generator), batch.mask, config.mask_k)
     batch.ent_keep = entropy_filter(signal_of(batch, config.filter_by, generator), batch.mask, config.filter_h)
     watch("critic", batch)
 
     # The actor: utd steps of clipped policy gradient on the same batch, unless the critics are still warming up.
-    warming_up = len(critics) > 0 and step <= config.critic_warmup
+    warming_up = len(learner.critics) > 0 and step <= config.critic_warmup
     passes = [] if warming_up else update_actor(learner, batch)
     watch("actor", batch)
     return batch, passes
@@ -353,15 +352,15 @@ def critic_values(learner: "Learner", batch: Batch) -> torch.Tensor:
 
 def update_critic(learner: "Learner", m: int, batch: Batch, shard: torch.Tensor, generator) -> None:
     """Critic m's regression on its shard (row numbers), critic_epochs times, an optimizer step per critic_batch."""
-    config, critic = learner.config, learner.critics[m]
+    config = learner.config
     for _ in range(config.critic_epochs):
         order = shard[torch.randperm(len(shard), generator=generator)]
         for index in order.split(config.critic_batch):
             minibatch = select(batch, index)
             for _, part in microbatches(minibatch, config.micro_batch_tokens, f"critic {m + 1} learns"):
-                loss = critic_loss(critic(part), part.returns, part.mask)
+                loss = critic_loss(learner.critics[m](part), part.returns, part.mask)
                 (loss * part.mask.sum() / minibatch.mask.sum()).backward()  # its part of the mean over tokens
-            clip_and_step(critic, learner.optimizers[1 + m])
+            clip_and_step(learner.critics[m], learner.optimizers[1 + m])
 
 
 def update_actor(learner: "Learner", batch: Batch) -> list[dict]:
@@ -411,9 +410,9 @@ class MiniCritic(nn.Module):
     """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head. Small: with --model,
     the first quarter of the actor's layers and a frozen copy of its embeddings.
 
-    The paper starts from a pretrained language model: it already represents much of what a value needs. On the toy that
-    was not enough; its critics have also read graded answers. Each has read answers of its own: during the run, shards
-    alone make critics differ only a little.
+    The paper starts from a pretrained language model, which already represents much of what a value needs. On the toy
+    that was not enough; its critics have also read graded answers. Each has read answers of its own: during the run,
+    shards alone make critics differ only a little.
 
     The paper is silent on the head. Ours gives low + (high - low) * sigmoid(score), within the reward's range: as a
     sigmoid is flat near both ends, critics agree where the outcome is all but settled, and that is what the mask looks
@@ -443,8 +442,9 @@ class MiniCritic(nn.Module):
 
 # =============================================================================================== 4 Rollouts
 
-# Stored in float32: weights and Adam's moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (in bf16,
-# 19.94 becomes 20, and rho is off by 6 %) and values (sigma ranks small differences, which rounding would make ties).
+# On a GPU, the products in a model's body are computed in bf16, in its head in TF32. Kept in float32: weights, Adam's
+# moments (in bf16, small updates are lost: 0.02 - 1e-5 == 0.02), logits (19.94 becomes 20, and rho is off by 6 %) and
+# values (sigma ranks small differences, which rounding would make ties).
 
 def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], group_size: int, generator) -> Batch:
     """`group_size` answers to each of the problems with these numbers, graded. The reward sits on the answer's last
@@ -457,8 +457,8 @@ def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], gro
     texts = answer_texts(learner, batch)
     batch.rewards = torch.zeros_like(batch.mask)
     for row in my_share(range(len(texts))):
-        example = problems[int(batch.problem[row])][1]
-        batch.rewards[row, batch.sizes[row, 1] - 1] = learner.reward(texts[row], example)
+        _, problem = problems[int(batch.problem[row])]
+        batch.rewards[row, batch.sizes[row, 1] - 1] = learner.reward(texts[row], problem)
     batch.rewards = summed(batch.rewards)
     return batch
 
@@ -481,7 +481,7 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     uniform = uniform.reshape(B, T).double().to(device)
     tokens = torch.zeros(B, P + T, dtype=torch.long, device=device)  # padding is token 0: any would do
     attention = torch.zeros_like(tokens)
-    my_rows = my_share(torch.arange(B, device=device))
+    my_rows = my_share(torch.arange(B, device=device).view(N, G)).flatten()  # all answers to some prompts
     for row in my_rows.tolist():
         prompt = torch.tensor(prompts[row // G], device=device)
         tokens[row, P - len(prompt):P] = prompt
@@ -489,7 +489,7 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     logprobs = torch.zeros(B, T, device=device)
     entropy = torch.zeros(B, T, device=device)
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
-    at_once = max(1, 16 * micro_batch_tokens // (P + T))  # answers; a cached token takes less memory than a trained one
+    at_once = max(1, 16 * micro_batch_tokens // (P + T))  # 16, as sampling keeps nothing for a backward pass
 
     def last_state(new, attention, cache):
         """Reads the `new` tokens [A, n], which the cache then holds, too. Returns the state after the last, [A, D]."""
@@ -501,7 +501,7 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     with mixed_precision(device):  # around the loop, so that every weight is cast to bf16 only once
         for first in range(0, len(my_rows), at_once):
             rows = my_rows[first:first + at_once]  # [A]: the answers that are still being written
-            # Every prompt is read once; its state and cache are then repeated for each of its answers. With G = 2, rows
+            # A prompt is read once for all its answers here; its state and cache are then repeated. With G = 2, rows
             # 4 5 6 7 are of prompts 2 2 3 3: `firsts` is 4 6, where a prompt's first row is, and `copies` 0 0 1 1.
             firsts, copies = torch.unique_consecutive(rows // G * G, return_inverse=True)
             cache = Cache(config=model.config)
@@ -592,7 +592,7 @@ def logprobs_and_entropy(model, batch: Batch, temperature: float,
 # =============================================================================================== 5 Config
 
 Count = Annotated[int, 1, math.inf]  # a type and the numbers that are allowed
-Share = Annotated[float, 0, 1]
+ZeroToOne = Annotated[float, 0, 1]
 Rate = Annotated[float, 1e-12, 1]
 
 
@@ -611,9 +611,9 @@ class Config:
     utd: Count = 4  # update-to-data ratio: optimizer steps on each batch, every one over the whole batch
     lr: Rate = 3e-4  # actor's learning rate, tuned on the toy (the paper's is 1e-6, at 14B)
     clip: Rate = 0.2  # epsilon of PPO's ratio clipping
-    # Advantages. The paper is silent on gamma and lambda. With 0.9, GAE looks about 1 / (1 - 0.9) = 10 tokens ahead.
-    gamma: Share = 1.0  # discount per token (1: the reward does not depend on when it comes)
-    lam: Share = 0.9  # GAE's lambda for the actor's advantages
+    # Advantages. The paper is silent on gamma and lambda. Lambda 0.9 looks about 1 / (1 - 0.9) = 10 tokens ahead.
+    gamma: ZeroToOne = 1.0  # discount per token (1: the reward does not depend on when it comes)
+    lam: ZeroToOne = 0.9  # GAE's lambda for the actor's advantages
     whiten: bool = True  # bring the batch's advantages to mean 0 and standard deviation 1 (if there are critics)
     # Critics. The paper is silent on their training. The toy's have read graded answers: their backbones have a small
     # learning rate, to keep what they know, and the heads a larger one, to follow the policy.
@@ -622,24 +622,24 @@ class Config:
     reward_max: float = 1.0  # (inf: any reward; the critics' heads are then linear)
     shared_data: bool = False  # train every critic on all answers (in M times as many steps)
     aggregate: Literal["mean", "min"] = "mean"  # how M values become one (min: against overestimation)
-    critic_lr: Share = 1e-4  # learning rate of the critics' backbones
-    critic_head_lr: Share = 1e-3  # learning rate of the critics' heads
+    critic_lr: ZeroToOne = 1e-4  # learning rate of the critics' backbones
+    critic_head_lr: ZeroToOne = 1e-3  # learning rate of the critics' heads
     critic_epochs: Count = 1  # passes of each critic over its shard of a batch
     critic_batch: Count = 32  # answers per optimizer step of a critic, tuned on the toy (64 in ppo and naive)
-    critic_lam: Share = 1.0  # lambda of the critics' target R_t; 1: the actual return, unbiased by the critics
-    critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations, with only critics learning (at most half)
+    critic_lam: ZeroToOne = 1.0  # lambda of the critics' target R_t; 1: the actual return, without the critics' errors
+    critic_warmup: Annotated[int, 0, math.inf] = 0  # first iterations: only critics learn (at most half of --steps)
     # Mask and filter. k = h = 0.2 is the paper's. The paper is silent on beta; 0.01 is usual. "random" is a control:
     # a mask by sigma is worth only what it gains over a random mask of the same size.
-    mask_k: Share = 0.2  # k: share of tokens, lowest signal first, whose advantage is masked
+    mask_k: ZeroToOne = 0.2  # k: share of tokens, lowest signal first, whose advantage is masked
     mask_by: Literal["sigma", "entropy", "random"] = "sigma"  # signal of the advantage mask
     entropy_coef: Annotated[float, 0, 100] = 0.01  # beta: weight of the entropy bonus (0: none)
-    filter_h: Share = 0.2  # h: share of tokens, highest signal first, that get no entropy bonus
+    filter_h: ZeroToOne = 0.2  # h: share of tokens, highest signal first, that get no entropy bonus
     filter_by: Literal["sigma", "entropy", "random"] = "sigma"  # signal of the entropy filter
 
 
-# The baselines are plain: no mask, no entropy bonus. A single critic gets all the answers: with 64 per step, it takes
-# as many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the toy, it
-# knows nothing at first.
+# The baselines are plain: no mask, no entropy bonus. A single critic gets all the answers; with 64 per optimizer step,
+# it takes as many steps as each of AsyPPO's two. The critic of ppo is the actor's checkpoint with a new head: on the
+# toy, it knows nothing at first.
 PLAIN = dict(mask_k=0.0, entropy_coef=0.0, filter_h=0.0)
 ONE_CRITIC = PLAIN | dict(critics=1, critic_batch=64)
 PRESETS = {"asyppo": {}, "naive": ONE_CRITIC, "grpo": PLAIN | dict(critics=0),
@@ -666,12 +666,12 @@ class RunConfig(Config):
     eval_problems: Count = 512  # held-out problems per evaluation, one sampled answer each
     checkpoint_every: Annotated[int, 0, math.inf] = 10  # iterations between checkpoints (0: only at the end)
     resume: str = ""  # go on with the run in this directory, with its own flags; --steps may be raised
-    micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens per pass in training (0: what fits; on a CPU 2048)
+    micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens at once in training (sampling: x 16; 0: what fits)
 
 
-# Other defaults with --model, for pretrained models of some hundred million to a billion parameters. The learning rates
-# lie between the toy's and the paper's and are not tuned (figures/RESULTS.md). The critics' heads are new: at first
-# only critics learn, and lambda trusts them less.
+# Other defaults with --model, for pretrained models of some hundred million to a billion parameters, not tuned. The
+# actor's learning rate lies between the toy's and the paper's. The critics' heads are new: their rates are higher
+# (figures/RESULTS.md), at first only they learn, and lambda trusts them less.
 MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=2e-4,
                       critic_head_lr=2e-4, critic_epochs=2, critic_warmup=4, shared_embeddings=True)
 
@@ -884,8 +884,9 @@ def end_ids(model, tokenizer) -> list[int]:
 
 def load_task(path: str):
     """Import a task file: problems(split, seed) -> Dataset and reward(response, row) -> float. It may also have
-    problems(split, seed, level), with the level given by --level or by choose_level(share_of); models(M) -> directory
-    of an actor and a list of those of M critics' bases; look(learner, batch) -> metrics; draw(out), pictures."""
+    problems(split, seed, level), with the level given by --level or by choose_level(share_of), where share_of(level) ->
+    shares of right and of cut-off answers; models(M) -> directory of an actor, and a list of those of M critics' bases;
+    look(learner, batch) -> metrics; draw(out), pictures."""
     with saying(f"--task {path}"):
         sys.path.insert(0, str(Path(path).resolve().parent))  # for helpers that lie beside it
         # Named after its content: datasets caches by names and would give one task file the rows of another.
@@ -1050,7 +1051,7 @@ def make_learner(given: RunConfig, task) -> Learner:
     held_out = min(config.eval_problems, len(learner.test_problems))
     print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
           f"{config.max_new_tokens} tokens (--prompts-per-step, --group-size, --eval-problems, --max-new-tokens)\n"
-          f"at once: --micro-batch-tokens {config.micro_batch_tokens}")
+          f"at once: --micro-batch-tokens {config.micro_batch_tokens} in training, 16 times as many in sampling")
     # Saved as it was trained: without the top-k and top-p of its own.
     actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)
     return learner
@@ -1066,7 +1067,7 @@ def evaluate(learner: Learner) -> float:
     prompt = " ".join(learner.tokenizer.decode(learner.test_problems[0][0]).split())
     answer = " ".join(answer_texts(learner, select(batch, torch.tensor([0])))[0].split())
     half = shutil.get_terminal_size().columns // 2 - 11
-    tqdm.write(f"  ...{prompt[-half:]} | {answer[:half]} | reward {rewards[0]:.2g}")
+    tqdm.write(f"  {'...' * (len(prompt) > half)}{prompt[-half:]} | {answer[:half]} | reward {rewards[0]:.2g}")
     return float(rewards.mean())
 
 
@@ -1074,7 +1075,7 @@ def explained_variance(values, returns, mask):
     """1 - Var[R_t - V(s_t)] / Var[R_t] over the valid tokens, a float: how much a critic knows. All [B, T].
 
     0 is no better than a constant, below 0 worse, 1 perfect (even true values stay below 1, as sampling is random).
-    Little if nearly all answers are right, and NaN if the returns do not vary."""
+    It is small when nearly all answers are right, and NaN if the returns do not vary."""
     valid = mask.bool()
     if not valid.any() or returns[valid].min() == returns[valid].max():
         return float("nan")
@@ -1084,7 +1085,7 @@ def explained_variance(values, returns, mask):
 def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
     """An iteration's metrics. first_ratio_error and first_kl are of the first pass, and 0 but for rounding. kl and
     clip_fraction are of the last one, after utd - 1 of the utd steps. explained_variance is that of V_bar before the
-    critics learn from the batch, where a run evaluates and in the warm-up: little if nearly all answers are right."""
+    critics learn from the batch, where a run evaluates and in the warm-up."""
     def mean(x):
         return float((x * batch.mask).sum() / batch.mask.sum())
 
