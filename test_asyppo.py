@@ -647,13 +647,11 @@ def test_what_is_sampled_however_many_at_once_is_what_is_scored_alone_without_pa
 
 
 def test_every_process_reads_the_prompts_whose_answers_it_writes(monkeypatch):
-    def logprobs():  # of at most twelve tokens
-        found = sampled(random_model(), group_size=3).logprobs
-        return torch.nn.functional.pad(found, (0, 12 - found.shape[1]))
-    whole, parts = logprobs(), []
+    whole, parts = sampled(random_model(), group_size=3).logprobs, []
     for rank in range(5):
         monkeypatch.setattr(asyppo, "rank_and_size", lambda: (rank, 5))
-        parts.append(logprobs())
+        part = sampled(random_model(), group_size=3).logprobs
+        parts.append(torch.nn.functional.pad(part, (0, whole.shape[1] - part.shape[1])))
     assert torch.allclose(sum(parts), whole, atol=1e-5)
 
 
@@ -1453,10 +1451,11 @@ def short_experiment(tiny, tmp_path_factory):
     flags = f"--model {tiny}/actor --critic-model {tiny}/critic --level symbols --steps 8 --max-new-tokens 14 " \
             "--lr 1e-3 --prompts-per-step 4 --group-size 4 --eval-problems 8 --eval-every 2 --critic-warmup 0"
     runs = {"asyppo": flags, "grpo": flags + " --algo grpo", "early": flags + " --critics 9"}
-    with mock.patch.multiple(experiment, RUNS=runs, ALL=runs, QUICK=list(runs)):
+    with mock.patch.multiple(experiment, RUNS=runs, ALL=runs, QUICK=[*runs]), mock.patch("toy_task.models") as made:
         out = tmp_path_factory.mktemp("short_experiment")
         (out / "RESULTS.md").write_text(f"old\n{experiment.END}\n\nNotes.\n")
         assert experiment.main(["--quick", "--out", str(out), "--jobs", "2"]) == 2
+        assert made.call_args.args[1]["TOY_PRETRAINING"] == "1"
         yield out, runs
 
 
@@ -1566,8 +1565,7 @@ def test_readme_tasks(as_reader):
     row = next(row for row in task.problems("train", 0) if "Ann" in row["question"])
     assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
     for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0),
-                            ("1234", 0), ("", 0), ("Answer: 1,234.00", 1), ("Answer: 1234 Answer: 1234.5", 0),
-                            ("Answer: 1234/2", 0), ("Answer: 12340", 0), ("Answer: -1234", 0)]:
+                            ("1234", 0), ("Answer: 1,234.00", 1), ("Answer: 1234.5", 0), ("Answer: -1234", 0)]:
         assert task.reward(response, row) == value
     assert not any(task.reward(f"Answer: {x}", {"answer": y}) for x, y in (("12.5", "12"), ("1/2", "1"), ("1/2", "2")))
 
