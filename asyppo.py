@@ -203,12 +203,12 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     advantage on every token, GRPO without its KL penalty.
 
     Returns loss (a scalar) and stats (a dict of scalars over the valid tokens), which say how far the policy has moved:
-      ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding (in bf16, see kl)
+      ratio_error    max |rho - 1|; on the first pass over a batch 0, but for rounding (in bf16, judge by kl)
       clip_fraction  the share of tokens with rho outside 1 +- clip
       kl             E[rho - 1 - log rho], an estimate of KL(pi_old || pi_theta) (Schulman, "Approximating KL", k3)"""
     valid = mask.bool()
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # in float16, e^12 overflows
-    # Zeroed and clamped, so that exp cannot overflow. (It stops the gradient where rho > e^20 and A < 0; PPO does not.)
+    # Padding is zeroed, the rest clamped: exp cannot overflow. (Unlike PPO: no gradient where rho > e^20 and A < 0.)
     log_ratio = (logprobs.to(dtype) - old_logprobs.detach()).masked_fill(~valid, 0).clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~valid, 0)
@@ -854,8 +854,7 @@ def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, g
     """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
     their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
-    kind = transformers.AutoModelForSequenceClassification if graded else AutoModel
-    model = load_pretrained(kind, name, layers)
+    model = load_pretrained(transformers.AutoModelForSequenceClassification if graded else AutoModel, name, layers)
     saved = getattr(model.config, "reward_range", None)  # by a run, with a head
     if reward_range and saved and tuple(saved) != tuple(reward_range):
         raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
@@ -973,9 +972,8 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
 
 
 def fit_into_memory(learner: Learner) -> int:
-    """How many tokens to train on in one pass: on a CPU 2048. On a GPU, they may fill half of what is free once every
-    trained weight has its gradient and Adam's two moments. A token takes some 85 bytes per layer and hidden unit
-    (Qwen3-0.6B on an H200)."""
+    """How many tokens to train on at once: on a CPU 2048; on a GPU, as many as fill half of what is free once every
+    weight has its gradient and Adam's moments, at 85 bytes per token, layer and hidden unit (Qwen3-0.6B, H200)."""
     if not torch.cuda.is_available():
         return 2048
     sizes = learner.actor.config.get_text_config()
@@ -1052,8 +1050,7 @@ def make_learner(given: RunConfig, task) -> Learner:
     print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
           f"{config.max_new_tokens} tokens (--prompts-per-step, --group-size, --eval-problems, --max-new-tokens)\n"
           f"at once: --micro-batch-tokens {config.micro_batch_tokens} in training, 16 times as many in sampling")
-    # Saved as it was trained: without the top-k and top-p of its own.
-    actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)
+    actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)  # no top-p
     return learner
 
 
