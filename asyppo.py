@@ -121,8 +121,9 @@ def whiten(x, mask):
     """Normalise x [B, T] to mean 0 and standard deviation 1 over the valid tokens (mask 1); 0 elsewhere, and everywhere
     if the valid tokens do not differ.
 
-    One learning rate then fits easy and hard batches. The paper is silent on whitening; it is usual for PPO. It comes
-    before the advantage mask, so that masking tokens does not rescale the others."""
+    One learning rate then fits easy and hard batches. But if all answers get the same reward, the advantages are only
+    the critics' error, which whitening inflates to full size. The paper is silent on whitening; it is usual for PPO.
+    It comes before the advantage mask, so that masking tokens does not rescale the others."""
     valid = mask.bool()
     kept = x[valid]
     if len(kept) == 0 or kept.min() == kept.max():  # the division would blow up rounding errors
@@ -213,7 +214,7 @@ def policy_loss(logprobs, old_logprobs, advantages, entropy, mask, adv_keep, ent
     ratio = log_ratio.exp()
     advantages = advantages.detach().masked_fill(~valid, 0)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    bonus = beta * ent_keep * entropy.masked_fill(~valid, 0)
+    bonus = beta * ent_keep * entropy.masked_fill(~valid | (ent_keep == 0), 0)  # else 0 * inf would be NaN
     per_token = (adv_keep * surrogate + bonus).masked_fill(~valid, 0)
     per_answer = per_token.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
     loss = -per_answer.sum() / max(1, len(mask))
@@ -241,7 +242,7 @@ def aggregate(values: torch.Tensor, how: str) -> torch.Tensor:
 
 
 # =============================================================================================== 2 One iteration
-# Ignore while reading: `watch`, which is for timing and the task's metrics; my_share and summed, for several GPUs.
+# Ignore while reading: `watch` (timing, and the task's metrics), my_share and summed (with one GPU, they do nothing).
 
 @dataclass
 class Batch:
@@ -391,8 +392,6 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @dataclass
 class Learner:
-    """All that a run works with."""
-
     config: "RunConfig"
     actor: nn.Module
     critics: list["MiniCritic"]
@@ -407,8 +406,8 @@ class Learner:
 # =============================================================================================== 3 Mini-critics
 
 class MiniCritic(nn.Module):
-    """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head. Small: with --model,
-    the first quarter of the actor's layers and a frozen copy of its embeddings.
+    """V_m(s_t; phi_m): the backbone of any causal Hugging Face language model and a scalar head. With --model it
+    is the first quarter of the actor's layers, so that two are cheap, and a frozen copy of the actor's embeddings.
 
     The paper starts from a pretrained language model, which already represents much of what a value needs. On the toy
     that was not enough; its critics have also read graded answers. Each has read answers of its own: during the run,
@@ -457,8 +456,8 @@ def sample_and_grade(learner: "Learner", problems: list, numbers: list[int], gro
     texts = answer_texts(learner, batch)
     batch.rewards = torch.zeros_like(batch.mask)
     for row in my_share(range(len(texts))):
-        _, problem = problems[int(batch.problem[row])]
-        batch.rewards[row, batch.sizes[row, 1] - 1] = learner.reward(texts[row], problem)
+        _, example = problems[int(batch.problem[row])]
+        batch.rewards[row, batch.sizes[row, 1] - 1] = learner.reward(texts[row], example)
     batch.rewards = summed(batch.rewards)
     return batch
 
@@ -491,10 +490,10 @@ def generate(model, prompts: list[list[int]], uniform: torch.Tensor, temperature
     ends = torch.tensor(end_ids, dtype=torch.long, device=device)
     at_once = max(1, 16 * micro_batch_tokens // (P + T))  # 16, as sampling keeps nothing for a backward pass
 
-    def last_state(new, attention, cache):
+    def last_state(new, seen, cache):
         """Reads the `new` tokens [A, n], which the cache then holds, too. Returns the state after the last, [A, D]."""
-        position = positions(attention)[:, -new.shape[1]:]
-        output = model.base_model(input_ids=new, attention_mask=attention, position_ids=position,
+        position = positions(seen)[:, -new.shape[1]:]
+        output = model.base_model(input_ids=new, attention_mask=seen, position_ids=position,
                                   past_key_values=cache, use_cache=True)
         return output.last_hidden_state[:, -1]
 
@@ -554,7 +553,8 @@ def entropy_of(logp: torch.Tensor) -> torch.Tensor:
 
 
 def positions(attention: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0."""
+    """Position ids [B, L] that count real tokens only: a left-padded prompt, too, begins at 0. Models with learned
+    positions would otherwise predict something different."""
     return (attention.cumsum(1) - 1).clamp(min=0)
 
 
@@ -666,12 +666,12 @@ class RunConfig(Config):
     eval_problems: Count = 512  # held-out problems per evaluation, one sampled answer each
     checkpoint_every: Annotated[int, 0, math.inf] = 10  # iterations between checkpoints (0: only at the end)
     resume: str = ""  # go on with the run in this directory, with its own flags; --steps may be raised
-    micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens at once in training (sampling: x 16; 0: what fits)
+    micro_batch_tokens: Annotated[int, 0, math.inf] = 0  # tokens at once (0: what fits); in sampling 16 times as many
 
 
 # Other defaults with --model, for pretrained models of some hundred million to a billion parameters, not tuned. The
 # actor's learning rate lies between the toy's and the paper's. The critics' heads are new: their rates are higher
-# (figures/RESULTS.md), at first only they learn, and lambda trusts them less.
+# (figures/RESULTS.md), at first only they learn, as the actor would follow noise, and lambda trusts them less.
 MODEL_DEFAULTS = dict(prompts_per_step=32, group_size=8, max_new_tokens=256, lr=5e-6, lam=0.99, critic_lr=2e-4,
                       critic_head_lr=2e-4, critic_epochs=2, critic_warmup=4, shared_embeddings=True)
 
@@ -854,7 +854,8 @@ def load_critic(name: str, layers: int = 0, reward_range: tuple | None = None, g
     """A critic from a checkpoint, cut to its first `layers` layers (0: all). A run's critic and a reward model keep
     their heads; any other gets a new one. The range, if not given, is what it was trained for, or 0 to 1."""
     graded = "ForSequenceClassification" in str(AutoConfig.from_pretrained(name).architectures)
-    model = load_pretrained(transformers.AutoModelForSequenceClassification if graded else AutoModel, name, layers)
+    kind = transformers.AutoModelForSequenceClassification if graded else AutoModel
+    model = load_pretrained(kind, name, layers)
     saved = getattr(model.config, "reward_range", None)  # by a run, with a head
     if reward_range and saved and tuple(saved) != tuple(reward_range):
         raise ValueError(f"it was trained for rewards from {saved[0]} to {saved[1]}: set --reward-min and --reward-max")
@@ -972,8 +973,9 @@ def load_problems(learner: Learner, task, split: str, at_least: int, level: str,
 
 
 def fit_into_memory(learner: Learner) -> int:
-    """How many tokens to train on at once: on a CPU 2048; on a GPU, as many as fill half of what is free once every
-    weight has its gradient and Adam's moments, at 85 bytes per token, layer and hidden unit (Qwen3-0.6B, H200)."""
+    """How many tokens to train on at once: on a CPU 2048; on a GPU, as many as fill half of what is free once each
+    trained weight has its gradient and Adam's moments. A token takes 85 bytes per layer and hidden unit (measured with
+    Qwen3-0.6B on an H200)."""
     if not torch.cuda.is_available():
         return 2048
     sizes = learner.actor.config.get_text_config()
@@ -1027,6 +1029,7 @@ def make_learner(given: RunConfig, task) -> Learner:
         model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         rates = {model.backbone: config.critic_lr, model.head: config.critic_head_lr} if m else {model: config.lr}
         groups = [{"params": [p for p in x.parameters() if p.requires_grad], "lr": lr} for x, lr in rates.items()]
+        # 0.95 is usual for language models, instead of 0.999. Weight decay would pull them away from their pretraining.
         optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
         print(f"{f'critic {m}' if m else 'actor':10s}{sum(p.numel() for p in model.parameters()):14,d} parameters")
     limits = (config.reward_min, config.reward_max) if critics else (-math.inf, math.inf)
@@ -1050,7 +1053,8 @@ def make_learner(given: RunConfig, task) -> Learner:
     print(f"{config.prompts_per_step * config.group_size} answers a step and {held_out} an evaluation, of at most "
           f"{config.max_new_tokens} tokens (--prompts-per-step, --group-size, --eval-problems, --max-new-tokens)\n"
           f"at once: --micro-batch-tokens {config.micro_batch_tokens} in training, 16 times as many in sampling")
-    actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)  # no top-p
+    # It is saved as it was trained: it samples without the top-k or top-p that it may have come with.
+    actor.generation_config = transformers.GenerationConfig(eos_token_id=learner.end_ids or None)
     return learner
 
 
@@ -1080,9 +1084,9 @@ def explained_variance(values, returns, mask):
 
 
 def measure(learner: Learner, batch: Batch, passes: list[dict]) -> dict:
-    """An iteration's metrics. first_ratio_error and first_kl are of the first pass, and 0 but for rounding. kl and
-    clip_fraction are of the last one, after utd - 1 of the utd steps. explained_variance is that of V_bar before the
-    critics learn from the batch, where a run evaluates and in the warm-up."""
+    """An iteration's metrics. first_ratio_error and first_kl are of the first pass, and 0 but for rounding (else the
+    run stops). kl and clip_fraction are of the last one, after utd - 1 of the utd steps. explained_variance is that of
+    V_bar before the critics learn from the batch, where a run evaluates and in the warm-up."""
     def mean(x):
         return float((x * batch.mask).sum() / batch.mask.sum())
 

@@ -112,8 +112,7 @@ def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-             max_position_embeddings=1024)
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 HEADS = dict(num_key_value_heads=1, head_dim=8)
 KINDS = {"qwen3": HEADS, "llama": {}, "gpt_neox": {}, "gpt2": {},  # the last has learned positions
          "opt": dict(ffn_dim=32, word_embed_proj_dim=16),  # again, shifted
@@ -292,7 +291,8 @@ def test_policy_loss_ignores_what_padding_holds_and_survives_an_empty_answer():
     clean = asyppo.policy_loss(**inputs)[0]
     for junk in (float("nan"), float("inf"), -float("inf"), 1e30):
         dirty = {key: inputs[key].masked_fill(inputs["mask"] == 0, junk)
-                 for key in ("logprobs", "old_logprobs", "advantages", "entropy")}
+                 for key in ("logprobs", "old_logprobs", "advantages")}
+        dirty["entropy"] = inputs["entropy"].masked_fill(inputs["ent_keep"] == 0, junk)  # also what is filtered
         leaves = [dirty[k].requires_grad_() for k in ("logprobs", "entropy")]
         loss, stats = asyppo.policy_loss(**inputs | dirty)
         loss.backward()
@@ -1060,7 +1060,7 @@ def task_file(prompts="[[3, 4]] * 8", reward="0.0", problems=None):
     (task_file(reward="-0.5"), "it returned -0.5, no number from --reward-min 0.0 to --reward-max 1.0"),
     (task_file(reward="'good'"), "reward() failed for {'prompt': [3, 4]}"),
     (task_file(reward="exit()"), "reward() failed for {'prompt': [3, 4]}: SystemExit"),
-    (task_file(reward="exec('raise GeneratorExit')"), "GeneratorExit"),  # a verifier's timeout may be no Exception
+    (task_file(reward="exec('raise GeneratorExit')"), "reward() failed for {'prompt': [3, 4]}: GeneratorExit"),
     (task_file() + "def look(*_):\n    return {'x': 'much'}\n", "look() must return numbers: ValueError")])
 def test_a_bad_task_is_one_line(fails, tmp_path, text, said):
     (tmp_path / "task.py").write_text(text)
@@ -1565,7 +1565,8 @@ def test_readme_tasks(as_reader):
     row = next(row for row in task.problems("train", 0) if "Ann" in row["question"])
     assert row["answer"] == "1234" and row["prompt"][0]["content"].endswith("2 boxes of 617. How many?")
     for response, value in [("Answer: 1234", 1), ("so Answer: $1,234.", 1), ("Answer: 1234 Answer: 5", 0),
-                            ("1234", 0), ("Answer: 1,234.00", 1), ("Answer: 1234.5", 0), ("Answer: -1234", 0)]:
+                            ("1234", 0), ("", 0), ("Answer: 1,234.00", 1), ("Answer: 1234 Answer: 1234.5", 0),
+                            ("Answer: 1234/2", 0), ("Answer: 12340", 0), ("Answer: -1234", 0)]:
         assert task.reward(response, row) == value
     assert not any(task.reward(f"Answer: {x}", {"answer": y}) for x, y in (("12.5", "12"), ("1/2", "1"), ("1/2", "2")))
 

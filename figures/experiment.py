@@ -297,8 +297,8 @@ def plot(results: dict, out: Path) -> None:
         if points:
             right.plot(*zip(*points), "o", color=LINES[name][1], label=LINES[name][0])
     right.axhline(0, color=LINES["grpo"][1], label=LINES["grpo"][0])
-    right.set(xlabel="sight at first: V's step at right minus at wrong digits, in std", ylabel="mean accuracy minus GRPO's",
-              title="A critic is worth what it sees (a dot a run)")
+    right.set(xlabel="sight at first: V's step at right minus at wrong digits, in std",
+              ylabel="mean accuracy minus GRPO's", title="A critic is worth what it sees (a dot a run)")
     right.legend(loc="lower right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
